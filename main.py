@@ -1,0 +1,1487 @@
+# %% [markdown]
+# # Parley
+#
+# A web chat with Claude that never loses a word, in one file. A person types; the question and an empty reply are
+# committed before anything is shown; the reply is written by a task of the server, never by a socket; what a tab shows
+# is in the database first. Tabs only watch: they get a snapshot, then what is new, then the end.
+#
+# | part one: the conversation, knows no HTML | part two: the page, knows no SQL |
+# |---|---|
+# | 1 Settings · 2 Store · 3 Claude · 4 Turns | 5 Words · 6 Components · 7 Look · 8 Door · 9 Pages · 10 Socket · 11 App |
+#
+# Read from the top: a section uses only what stands above it. It opens as a notebook too, and every `Try it` cell runs.
+#
+# It does not: share one conversation between people, run several processes on one database, call tools, or phone home.
+
+# %%
+import asyncio
+import contextlib
+import fcntl
+import functools
+import hashlib
+import html
+import importlib.util
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import signal
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+import anthropic
+import apsw
+import httpx2
+import uvicorn
+from fastcore.xml import NotStr
+from fasthtml.components import (H1, H2, A, Article, Body, Button, Div, Footer, Form, Head, Header, Html, Input, Label,
+                                 Li, Link, Main, Meta, Nav, Noscript, P, Script, Textarea, Title, Ul, to_xml)
+from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
+from fastlite import Database
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+NOTEBOOK = 'ipykernel' in sys.modules
+log = logging.getLogger('parley')
+
+
+def try_it(coroutine):
+    "Run a coroutine from a cell: a notebook has a loop that runs already, so this one runs beside it."
+    with ThreadPoolExecutor(1) as thread: return thread.submit(asyncio.run, coroutine).result()
+
+
+# %% [markdown]
+# ## 1 Settings
+#
+# Everything that can be set comes from the environment, here and nowhere else, each with a default that works. A value
+# that can't be read ends the start with one line that names the setting and quotes nothing: it may be a secret.
+
+
+# %%
+def setting(default, meaning, env='', low=None, high=None, secret=False):
+    "A field of `Settings`: read from `env` (else its own name in capitals), a number between `low` and `high`."
+    return field(default=default, repr=not secret, metadata=dict(meaning=meaning, env=env, low=low, high=high))
+
+
+@dataclass(frozen=True)
+class Settings:
+    "What can be set, once, at the start. Durations in seconds, sizes in characters unless the name says bytes."
+    api_key: str = setting('', 'your key; with none of these three the demo model answers', 'ANTHROPIC_API_KEY',
+                           secret=True)
+    auth_token: str = setting('', 'a bearer token instead of a key', 'ANTHROPIC_AUTH_TOKEN', secret=True)
+    base_url: str = setting('', 'any server that speaks the Messages API', 'ANTHROPIC_BASE_URL')
+    model: str = setting('claude-sonnet-5-5', 'the model that answers')
+    max_tokens: int = setting(16_000, 'the longest answer, in tokens', low=1, high=1_000_000)
+    database_url: str = setting('sqlite:///data/parley.db', 'where conversations are kept')
+    host: str = setting('127.0.0.1', 'the address to listen on')
+    port: int = setting(5001, 'the port to listen on', low=0, high=65_535)
+    session_secret: str = setting('', 'signs sessions; else made once and kept beside the database', secret=True)
+    log_level: str = setting('INFO', 'DEBUG, INFO, WARNING or ERROR')
+    drain_seconds: float = setting(3.0, 'how long SIGTERM waits for running replies', low=0, high=600)
+    idle_seconds: float = setting(60.0, 'silence after which a reply counts as interrupted', low=0.05, high=3600)
+    stall_seconds: float = setting(600.0, 'the same when only pings come: a model may think for minutes', low=0.05,
+                                   high=7200)
+    retry_seconds: float = setting(20.0, 'how long a busy Claude is tried again', low=0, high=600)
+    frame_seconds: float = setting(0.04, 'the time between two commits of what was said, and two frames', low=0.001,
+                                   high=1)
+    max_message_chars: int = setting(200_000, 'the longest question', low=1, high=10_000_000)
+    max_reply_chars: int = setting(2_000_000, 'where an endless reply is cut', low=1, high=50_000_000)
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> 'Settings':
+        "Settings from an environment; a blank value counts as not set. Raises `SystemExit` with one line."
+        values = {}
+        for f in fields(cls):
+            name, raw = f.metadata['env'] or f.name.upper(), environ.get(f.metadata['env'] or f.name.upper(), '')
+            if raw.strip(): values[f.name] = cls._value(name, f, raw.strip())
+        return cls(**values)._checked()
+
+    @staticmethod
+    def _value(name, f, raw):
+        low, high = f.metadata['low'], f.metadata['high']
+        if f.type is str:
+            if raw.isascii() and raw.isprintable(): return raw
+            raise SystemExit(f'{name} has a character that can not stand there')
+        try: value = f.type(raw)
+        except ValueError: value = float('nan')
+        if low <= value <= high: return value
+        raise SystemExit(f'{name} must be a {"whole " if f.type is int else ""}number from {low} to {high}')
+
+    def _checked(self):
+        if not self.database_url.startswith('sqlite:///') or not self.database_url[10:]:
+            raise SystemExit('DATABASE_URL must look like sqlite:///data/parley.db: only SQLite is supported so far')
+        if self.base_url and urlsplit(self.base_url).scheme not in ('http', 'https'):
+            raise SystemExit('ANTHROPIC_BASE_URL must begin with http:// or https://')
+        if self.log_level.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
+            raise SystemExit('LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR')
+        return self
+
+    @property
+    def database(self) -> Path: return Path(self.database_url.removeprefix('sqlite:///'))
+    @property
+    def demo(self) -> bool: return not (self.api_key or self.auth_token or self.base_url)
+
+
+# %%
+if NOTEBOOK:
+    print(Settings.read({'MODEL': ' claude-opus-5-5 ', 'ANTHROPIC_API_KEY': 'not shown'}))
+
+# %% [markdown]
+# ## 2 Store
+#
+# One row per message, with its parent, so that a conversation is a tree and its current path is read from the leaf up.
+# A reply that is being written lives in `piece`: append-only rows, one per frame, folded into the message when it ends.
+# Verbs that write run on one thread with one connection, verbs that only read on another: WAL lets a page be read
+# while a slow disk holds a commit. Each verb is one transaction.
+
+
+# %%
+@dataclass
+class Conversation:
+    "A conversation of one owner. `leaf` is the id of the last message of the path that is shown."
+    id: str
+    owner: str
+    title: str
+    leaf: int | None
+    created: float  # seconds since 1970, as all times here
+    updated: float
+
+
+@dataclass
+class Message:
+    "One message. `idx` is its depth on the path from 0; `content` is the exact Markdown; `note` says how it ended."
+    id: int
+    conversation: str
+    owner: str
+    parent: int | None
+    idx: int
+    role: str  # user | assistant
+    content: str
+    status: str  # streaming | done | stopped | interrupted | failed
+    note: str
+    model: str
+    key: str | None  # made by the page: the same key again is the same send
+    created: float
+    ended: float | None
+
+
+@dataclass
+class Piece:
+    "What a running reply said in one frame; (message, seq) is the cursor of whoever watches it."
+    message: int
+    seq: int
+    text: str
+
+
+OWNER = 'owner'  # one person for now; every row carries it, so that there can be more
+RUNNING = 'streaming'
+
+
+class Refused(Exception):
+    "What can't be done, with an HTTP `status` and `words` for the person. `typed` is the text that must not be lost."
+    def __init__(self, status: int, words: str, typed: str = '', retry_after: int | None = None):
+        super().__init__(words)
+        self.status, self.words, self.typed, self.retry_after = status, words, typed, retry_after
+
+
+class Unusable(Exception):
+    "The database can't be used; the text says why in one line, without SQL and without values."
+
+
+DISK = {apsw.FullError: 'the disk is full', apsw.ReadOnlyError: 'the database is read-only',
+        apsw.BusyError: 'another program holds the database', apsw.LockedError: 'another program holds the database',
+        apsw.CantOpenError: 'the database file can not be opened', apsw.NotADBError: 'the file is not a database',
+        apsw.CorruptError: 'the database is damaged', apsw.IOError: 'the disk reports an error',
+        apsw.PermissionsError: 'the database may not be accessed'}
+
+
+@contextlib.contextmanager
+def in_words():
+    "Turn SQLite's errors into `Unusable`. Which of them a person may meet: https://sqlite.org/rescode.html"
+    try: yield
+    except (apsw.Error, OSError) as error:
+        words = next((DISK[kind] for kind in DISK if isinstance(error, kind)), None)
+        raise Unusable(words or f'the database failed ({type(error).__name__})') from error
+
+
+@contextlib.contextmanager
+def transaction(conn, durable=False):
+    "One transaction. `durable` waits for the disk (FULL): a question survives a power cut, a frame a `kill -9`."
+    conn.execute(f'pragma synchronous = {"full" if durable else "normal"}')
+    conn.execute('begin immediate')
+    try:
+        yield
+        conn.execute('commit')
+    except BaseException:
+        if conn.in_transaction: conn.execute('rollback')
+        raise
+
+
+def verb(thread, durable=False):
+    "Make a plain method (self, db, …) a coroutine that runs on the `reads` or the `writes` thread, in one transaction."
+    def wrap(work):
+        def run(self, args, kwargs):
+            db = self.db[thread]
+            with in_words(), transaction(db.conn, durable) if thread == 'writes' else contextlib.nullcontext():
+                return work(self, db, *args, **kwargs)
+
+        @functools.wraps(work)
+        async def call(self, *args, **kwargs):
+            return await asyncio.get_running_loop().run_in_executor(self.threads[thread], run, self, args, kwargs)
+        return call
+    return wrap
+
+
+reads, writes, writes_durably = verb('reads'), verb('writes'), verb('writes', durable=True)
+
+# the text of a message, wherever it is kept at the moment
+TEXT = "content || coalesce((select group_concat(text, '' order by seq) from piece where message = m.id), '')"
+PATH = f'''with recursive path(id) as (
+    select leaf from conversation where id = :conversation and owner = :owner
+    union all select m.parent from message m join path on m.id = path.id where m.idx > :first)
+select m.id, conversation, owner, parent, idx, role, {TEXT} as content, status, note, model, key, created, ended
+from message m join path on m.id = path.id order by idx'''
+
+
+def schema_1(db):
+    "The first schema. Later ones are further steps: never an edit of this one."
+    db.create(Conversation, pk='id')
+    db.create(Message, pk='id', foreign_keys=[('conversation', 'conversation', 'id')])
+    db.create(Piece, pk=('message', 'seq'), foreign_keys=[('message', 'message', 'id')])
+    db.execute('create index conversation_by_time on conversation (owner, updated desc)')
+    db.execute('create index message_by_parent on message (parent)')
+    db.execute('create unique index message_by_key on message (conversation, key)')
+    db.execute('create unique index first_by_key on message (owner, key) where parent is null')
+    db.execute("create index message_running on message (conversation) where status = 'streaming'")
+
+
+SCHEMA = [schema_1]
+
+
+class Store:
+    """Every SQL statement, as verbs. Opening it makes or migrates the database, ends what a crash left running and
+    takes the lock of the one process that may write. Raises `Unusable` when that can't be."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.threads = {name: ThreadPoolExecutor(1, name) for name in ('reads', 'writes')}
+        self.db: dict[str, Database] = {}
+        with in_words(): self._open()
+
+    def _open(self):
+        self._private_folder()
+        self._lock()
+        if self.file.is_dir(): raise Unusable('the database is a folder')
+        if self.file.exists() and not self.file.stat().st_size:
+            raise Unusable('the database file is empty: restore it, or delete it to begin anew')
+        logging.getLogger('apsw').setLevel(logging.CRITICAL)  # it would print failing SQL
+        new = not self.file.exists()
+        self.db = {name: Database(apsw.Connection(str(self.file))) for name in self.threads}
+        for db in self.db.values(): db.conn.set_busy_timeout(5000)
+        self.db['reads'].conn.pragma('query_only', True)
+        for file in self.file.parent.glob(self.file.name + '*'): file.chmod(0o600)
+        self._migrate(self.db['writes'], new)
+        self._sweep(self.db['writes'])
+
+    def _private_folder(self):
+        folder = self.file.parent
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = folder.stat().st_mode
+        # a folder that others share on purpose (sticky, as /tmp) is left as it is; the files in it are 0600 anyway
+        if mode & 0o077 and not mode & stat.S_ISVTX and folder.stat().st_uid == os.getuid(): folder.chmod(0o700)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise Unusable(f'the folder can not be written: chown it to user {os.getuid()}')
+
+    def _lock(self):
+        "One process per database: a second one would end the replies of the first. A kill frees the lock."
+        self.lock = open(os.open(self.file.with_name(self.file.name + '.lock'), os.O_RDWR | os.O_CREAT, 0o600), 'w')
+        for wait in (0.3,) * 10 + (0,):  # the process before this one may just be ending
+            try: return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError: time.sleep(wait)
+        raise Unusable('another Parley is using the database')
+
+    def _migrate(self, db, new):
+        version = db.conn.pragma('user_version')
+        if version > len(SCHEMA): raise Unusable('the database was written by a newer Parley')
+        if not version and not new: raise Unusable('the file is a database, but not one of Parley')
+        for number, step in enumerate(SCHEMA[version:], version + 1):
+            with transaction(db.conn, durable=True):
+                step(db)
+                db.conn.pragma('user_version', number)
+
+    def _sweep(self, db):
+        "After a crash no row says `streaming`: what was running is interrupted and keeps its text."
+        with transaction(db.conn, durable=True):
+            for row in db.q('select id from message where status = ?', [RUNNING]):
+                self._end(db, row['id'], 'interrupted', 'Parley was stopped while this was being written.')
+
+    def close(self):
+        for thread in self.threads.values(): thread.shutdown()
+        for db in self.db.values(): db.conn.close()
+        self.lock.close()
+
+    def secret(self) -> str:
+        "The key that signs sessions: made once, kept beside the database, readable by its owner only."
+        file = self.file.with_name('session.secret')
+        with in_words():
+            if not file.exists():
+                with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as new:
+                    new.write(secrets.token_urlsafe(32))
+            file.chmod(0o600)
+            return file.read_text().strip()
+
+    @writes
+    def check(self, db):
+        "Write something that changes nothing, so that `/healthz` knows. Raises `Unusable`."
+        db.conn.pragma('user_version', len(SCHEMA))
+
+    @reads
+    def conversations(self, db, owner, limit=50) -> list[Conversation]:
+        "The newest conversations first."
+        rows = db.q('select * from conversation where owner = ? order by updated desc limit ?', [owner, limit])
+        return [Conversation(**row) for row in rows]
+
+    @reads
+    def path(self, db, owner, conversation, first=0) -> tuple[Conversation, list[Message]]:
+        "A conversation and the messages of its current path, from depth `first` on. Raises `Refused` 404."
+        return self._conversation(db, owner, conversation), self._path(db, owner, conversation, first)
+
+    @reads
+    def message(self, db, owner, conversation, idx) -> Message | None:
+        "The message of depth `idx` on the current path."
+        return next((m for m in self._path(db, owner, conversation, idx) if m.idx == idx), None)
+
+    @writes_durably
+    def ask(self, db, owner, conversation, text, key, model) -> tuple[Message, Message, bool]:
+        """Save a question and its empty reply, in a new conversation if `conversation` is None.
+
+        Returns both and whether they are new: the same `key` again finds what the first send saved.
+        Raises `Refused`: 404 no such conversation, 409 a reply is running or the key was used for another text."""
+        if sent := self._sent(db, owner, conversation, key):
+            if sent[0].content != text: raise Refused(409, 'This was sent already with another text.', text)
+            return *sent, False
+        leaf = None
+        if conversation is None: conversation = self._begin(db, owner, text)
+        else: leaf = self._free_leaf(db, owner, conversation, text)
+        question = self._add(db, owner, conversation, leaf, 'user', text, 'done', key=key)
+        reply = self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
+        return question, reply, True
+
+    @writes_durably
+    def retry(self, db, owner, conversation, model) -> tuple[Message, Message]:
+        "A new, empty reply to the last question, at the same depth; the old reply stays in the tree."
+        leaf = self._free_leaf(db, owner, conversation)
+        question = leaf if leaf.role == 'user' else self._row(db, leaf.parent)
+        return question, self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
+
+    @writes
+    def save(self, db, pieces: list[Piece], ends: list[tuple[int, str, str]]):
+        "One frame: what all running replies said since the last one, and which of them ended: (id, status, note)."
+        db.conn.executemany('insert into piece values (?, ?, ?)', [(p.message, p.seq, p.text) for p in pieces])
+        for end in ends: self._end(db, *end)
+
+    def _conversation(self, db, owner, conversation):
+        rows = db.q('select * from conversation where id = ? and owner = ?', [conversation, owner])
+        if not rows: raise Refused(404, 'There is no such conversation here.')
+        return Conversation(**rows[0])
+
+    def _path(self, db, owner, conversation, first=0):
+        return [Message(**row) for row in db.q(PATH, dict(owner=owner, conversation=conversation, first=first))]
+
+    def _row(self, db, id): return Message(**db.q('select * from message where id = ?', [id])[0])
+
+    def _sent(self, db, owner, conversation, key):
+        if not key: return None
+        where, value = ('parent is null and owner', owner) if conversation is None else ('conversation', conversation)
+        rows = db.q(f'select * from message where {where} = ? and key = ? and owner = ?', [value, key, owner])
+        return rows and [Message(**row) for row in (
+            rows[0], db.q('select * from message where parent = ? order by id desc limit 1', [rows[0]['id']])[0])]
+
+    def _begin(self, db, owner, text):
+        now, id = time.time(), secrets.token_urlsafe(12)
+        title = ' '.join(text[:400].split())
+        title = title if len(title) <= 60 else title[:59].rsplit(' ', 1)[0] + '…'
+        self._insert(db, 'conversation', id=id, owner=owner, title=title, created=now, updated=now)
+        return id
+
+    def _free_leaf(self, db, owner, conversation, typed=''):
+        leaf = self._row(db, self._conversation(db, owner, conversation).leaf)
+        if leaf.status == RUNNING: raise Refused(409, 'A reply is still being written: stop it or wait.', typed)
+        return leaf
+
+    def _add(self, db, owner, conversation, parent, role, content, status, **more):
+        now = time.time()
+        row = dict(conversation=conversation, owner=owner, parent=parent and parent.id, role=role, content=content,
+                   idx=parent.idx + 1 if parent else 0, status=status, note='', created=now,
+                   ended=None if status == RUNNING else now, **{'model': '', 'key': None} | more)
+        id = self._insert(db, 'message', **row)
+        db.execute('update conversation set leaf = ?, updated = ? where id = ?', [id, now, conversation])
+        return Message(id=id, **row)
+
+    def _insert(self, db, table, **row) -> int:
+        db.execute(f'insert into {table} ({", ".join(row)}) values (:{", :".join(row)})', row)
+        return db.conn.last_insert_rowid()
+
+    def _end(self, db, id, status, note):
+        db.execute(f'update message as m set content = {TEXT}, status = ?, note = ?, ended = ? where id = ?',
+                   [status, note, time.time(), id])
+        db.execute('delete from piece where message = ?', [id])
+
+
+# %%
+if NOTEBOOK:
+    import tempfile
+    store = Store(Path(tempfile.mkdtemp()) / 'try.db')
+    question, reply, new = try_it(store.ask(OWNER, None, 'What is a parley?', 'key-1', 'demo'))
+    try_it(store.save([Piece(reply.id, 0, 'A talk '), Piece(reply.id, 1, 'of foes.')], [(reply.id, 'done', '')]))
+    print(*try_it(store.path(OWNER, question.conversation))[1], sep='\n')
+
+# %% [markdown]
+# ## 3 Claude
+#
+# History in, events out. The SDK keeps the connection, the authentication and the errors; the lines of the stream are
+# parsed here, because its typed event objects are half of all the work of a token. Retries are ours too: the SDK's
+# would sleep as long as a server asks. However a reply ends, it ends as an `Ended` with words for the person.
+
+
+# %%
+@dataclass(frozen=True)
+class Waiting:
+    "Claude is busy and will be asked again in `seconds`."
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    "The last event of a reply: a `status` of the table in Store and a `note` in words, empty when all is well."
+    status: str
+    note: str = ''
+
+
+class Fault(Exception):
+    "What went wrong upstream, in words. `again`: worth another try; `after`: seconds the server asks to wait."
+    def __init__(self, words, again=False, after=None, status='failed'):
+        super().__init__(words)
+        self.words, self.again, self.after, self.status = words, again, after, status
+
+
+STOPS = {'max_tokens': 'The answer reached MAX_TOKENS, the longest that is allowed here.',
+         'refusal': 'Claude declined to go on with this.',
+         'model_context_window_exceeded': 'The conversation has grown longer than the model can read.',
+         'pause_turn': 'Claude paused too often and was not asked again.'}
+FOREIGN = 'The server at the base URL does not speak the Messages API.'
+BROKE_OFF = 'The connection to Claude broke off.'
+BUSY = 'Claude is busy'
+TRIES, LONGEST_WAIT, RESUMES, LONGEST_EVENT = 3, 15, 10, 4_000_000
+
+
+def history(path: list[Message]) -> list[dict]:
+    """What Claude is sent: the path without empty messages. A partial reply stands as text before the next question,
+    never last: models refuse to go on from a text that isn't theirs to finish."""
+    turns = [{'role': m.role, 'content': m.content} for m in path if m.content.strip()]
+    while turns and turns[-1]['role'] == 'assistant': turns.pop()
+    return turns
+
+
+class EventLines:
+    "The events of a `text/event-stream`, from bytes cut anywhere. Raises `Fault` for a line that never ends."
+    def __init__(self): self.rest, self.data = b'', []
+
+    def feed(self, chunk: bytes) -> list[dict]:
+        *lines, self.rest = (self.rest + chunk).split(b'\n')
+        if len(self.rest) > LONGEST_EVENT: raise Fault('Claude sent more in one piece than can be read.')
+        events = []
+        for line in lines:
+            line = line.rstrip(b'\r')
+            if line.startswith(b'data:'): self.data.append(line[5:])
+            elif not line and self.data:
+                events.append(json.loads(b'\n'.join(self.data)))
+                self.data = []
+        return events
+
+
+def whole(text: str, held: str) -> tuple[str, str]:
+    "Join the halves of a surrogate pair that two events may carry; a half that stays alone becomes U+FFFD."
+    text = held + text
+    held = text[-1] if text and '\ud800' <= text[-1] <= '\udbff' else ''
+    text = text[:len(text) - len(held)]
+    return (text if text.isascii() else text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')), held
+
+
+class Claude:
+    "One SDK client. `http` is the seam for tests and for the demo model: an `httpx2.AsyncClient`."
+    def __init__(self, settings: Settings, http: httpx2.AsyncClient | None = None):
+        self.settings = settings
+        if settings.demo and http is None: http = httpx2.AsyncClient(transport=Demo())
+        self.sdk = anthropic.AsyncAnthropic(
+            api_key=settings.api_key or (None if settings.auth_token else 'none'),
+            auth_token=settings.auth_token or None, base_url=settings.base_url or None, max_retries=0,
+            timeout=httpx2.Timeout(settings.idle_seconds, connect=10),
+            http_client=http or anthropic.DefaultAsyncHttpxClient(follow_redirects=False))
+
+    @property
+    def model(self) -> str: return 'demo' if self.settings.demo else self.settings.model
+
+    async def reply(self, turns: list[dict]) -> AsyncIterator[str | Waiting | Ended]:
+        "What Claude says to `turns`, as it comes; `Ended` is last, whatever happens. Tries again only before any text."
+        said, give_up = False, time.monotonic() + self.settings.retry_seconds
+        for attempt in range(1, TRIES + 1):
+            try:
+                async for event in self._once(turns):
+                    said = said or isinstance(event, str)
+                    yield event
+                return
+            except Exception as error:  # noqa: BLE001 the SDK, the HTTP client and the parser share no base
+                fault = explain(error, said, self.settings)
+            wait = fault.after or 2 ** attempt * random.uniform(0.25, 0.75)  # noqa: S311 jitter, not a secret
+            if said or not fault.again or attempt == TRIES or wait > LONGEST_WAIT or time.monotonic() + wait > give_up:
+                yield Ended('interrupted' if said else fault.status, fault.words)
+                return
+            yield Waiting(wait)
+            await asyncio.sleep(wait)
+
+    async def _once(self, turns):
+        "One answer, a `str` per read of the connection; a `pause_turn` is sent back as it is and resumed."
+        for _ in range(RESUMES):
+            blocks, reason, complete, held = [], None, False, ''
+            async for events in self._reads(turns):
+                said = []
+                for event in events:
+                    match event['type']:
+                        case 'content_block_delta' if event['delta']['type'] == 'text_delta':
+                            said.append(event['delta']['text'])
+                        case 'content_block_start': blocks.append([event['content_block'], []])
+                        case 'message_delta': reason = event['delta'].get('stop_reason') or reason
+                        case 'message_stop': complete = True
+                        case 'error': raise upstream_error(event['error'])
+                if said:
+                    if blocks: blocks[-1][1] += said
+                    text, held = whole(''.join(said), held)
+                    if text: yield text
+                if complete: break
+            if held: yield '\ufffd'
+            if not complete: raise Fault(BROKE_OFF, status='interrupted')
+            if reason != 'pause_turn': break
+            turns = [*turns, {'role': 'assistant', 'content': [
+                {**block, 'text': ''.join(text)} if block['type'] == 'text' else block for block, text in blocks]}]
+        yield Ended('done', STOPS.get(reason, ''))
+
+    async def _reads(self, turns) -> AsyncIterator[list[dict]]:
+        "The events of each read of the connection. Silence, endless pings and another protocol are faults."
+        limits, clock = self.settings, time.monotonic
+        async with contextlib.AsyncExitStack() as stack:
+            async with asyncio.timeout(limits.idle_seconds):
+                response = await stack.enter_async_context(self.sdk.messages.with_streaming_response.create(
+                    model=limits.model, max_tokens=limits.max_tokens, messages=turns, stream=True))
+            if not response.headers.get('content-type', '').startswith('text/event-stream'): raise Fault(FOREIGN)
+            lines, chunks, heard = EventLines(), response.iter_bytes(), clock()
+            while True:
+                patience = min(limits.idle_seconds, heard + limits.stall_seconds - clock())
+                async with asyncio.timeout(patience): chunk = await anext(chunks, None)
+                if chunk is None: return
+                if events := lines.feed(chunk):
+                    if any(event['type'] != 'ping' for event in events): heard = clock()
+                    yield events
+
+
+KEY_REFUSED = 'The key was refused: set ANTHROPIC_API_KEY to one that is valid and start Parley again.'
+PASSING = {408, 409, 429, 500, 502, 503, 504, 529}
+PASSING_TYPES = {'overloaded_error', 'rate_limit_error', 'api_error', 'timeout_error'}
+
+
+def upstream_error(error: dict) -> Fault:
+    "A fault from the `error` object of the Messages API, in a stream (with status 200) or in a body."
+    kind, message = str(error.get('type')), str(error.get('message', ''))[:300]
+    if kind in PASSING_TYPES: return Fault(f'{BUSY} ({kind.removesuffix("_error").replace("_", " ")}).', again=True)
+    if kind in ('authentication_error', 'permission_error'): return Fault(KEY_REFUSED)
+    return Fault(f'Claude refused the request: {message}')
+
+
+def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
+    "The `retry-after` header in seconds, None when there is none that can be read."
+    try: return max(0.0, float(headers.get('retry-after', '')))
+    except ValueError: return None
+
+
+def explain(error: Exception, said: bool, settings: Settings) -> Fault:
+    "Any exception of a call to Claude as a `Fault` in our words; nothing of its text is shown but the API's message."
+    log.warning('upstream fault: %s %s', type(error).__name__, getattr(error, 'status_code', ''))
+    match error:
+        case Fault(): return error
+        case anthropic.APIStatusError(status_code=401 | 403): return Fault(KEY_REFUSED)
+        case anthropic.APIStatusError(status_code=code) if code in PASSING:
+            after = seconds_to_wait(error.response.headers)
+            asks = f' and asks to wait {after:.0f} s before Retry' if after and after > LONGEST_WAIT else ''
+            return Fault(f'{BUSY} ({code}){asks}.', again=True, after=after)
+        case anthropic.APIStatusError(status_code=404):
+            return Fault(f'The server at the base URL has no model “{settings.model}”: set MODEL.')
+        case anthropic.APIStatusError(body={'error': {'message': str()} as told}): return upstream_error(told)
+        case anthropic.APIStatusError(): return Fault(FOREIGN)
+        case TimeoutError() | anthropic.APITimeoutError() | httpx2.TimeoutException():
+            return Fault('Claude fell silent.', status='interrupted')
+        case anthropic.APIConnectionError(): return Fault('Claude can not be reached.', again=True)
+        case httpx2.HTTPError(): return Fault(BROKE_OFF, status='interrupted')
+        case _ if said: return Fault('Claude sent something that can not be read.')
+        case _: return Fault(FOREIGN)
+
+
+# %% [markdown]
+# The demo model answers when there is neither a key nor a base URL. It stands at the transport, so that everything
+# above and below it is the real thing.
+
+
+# %%
+DEMO_ANSWER = """This is the **demo model**: a small script inside Parley that answers without a key, so that you can \
+see how a reply streams in, stops and survives a reload. It does not think.
+
+Try these:
+
+- Say **slow**, then reload the page, close it, or open it in a second tab. The reply goes on.
+- Say **long**, and press Stop in the middle. What you saw is kept.
+- Set `ANTHROPIC_API_KEY` and start Parley again to talk with Claude itself.
+
+```python
+def parley(you, claude):
+    while you.have_questions():
+        yield claude.answer(you.ask())
+```
+
+"""
+
+
+def demo_answer(asked: str) -> tuple[str, float]:
+    "What the demo model says to `asked`, and the seconds between two words."
+    if 'long' in asked.lower():
+        return ''.join(f'## Part {n}\n\n' + 'It goes on and on, as you asked, until it ends or you stop it. ' * 8 + '\n\n'
+                       for n in range(1, 26)), 0.008
+    return f'{DEMO_ANSWER}You said: “{" ".join(asked.split())[:200]}”', 0.25 if 'slow' in asked.lower() else 0.02
+
+
+class DemoStream(httpx2.AsyncByteStream):
+    "The events of one demo answer, word by word."
+    def __init__(self, text, pause): self.words, self.pause = re.findall(r'\s*\S+\s*?', text), pause
+
+    async def __aiter__(self):
+        def event(type, **more): return f'event: {type}\ndata: {json.dumps(dict(type=type, **more))}\n\n'.encode()
+        yield event('message_start', message=dict(id='msg_demo', type='message', role='assistant', model='demo'))
+        yield event('content_block_start', index=0, content_block=dict(type='text', text=''))
+        for word in self.words:
+            yield event('content_block_delta', index=0, delta=dict(type='text_delta', text=word))
+            await asyncio.sleep(self.pause)
+        yield event('content_block_stop', index=0)
+        yield event('message_delta', delta=dict(stop_reason='end_turn'), usage=dict(output_tokens=len(self.words)))
+        yield event('message_stop')
+
+
+class Demo(httpx2.AsyncBaseTransport):
+    "Answers POST /v1/messages as the Messages API does; `pace` 0 says all at once."
+    def __init__(self, pace=1.0): self.pace = pace
+
+    async def handle_async_request(self, request):
+        text, pause = demo_answer(json.loads(await request.aread())['messages'][-1]['content'])
+        return httpx2.Response(200, headers={'content-type': 'text/event-stream'},
+                               stream=DemoStream(text, pause * self.pace))
+
+
+# %%
+if NOTEBOOK:
+    claude = Claude(Settings(), httpx2.AsyncClient(transport=Demo(pace=0)))
+    async def hello(): return [event async for event in claude.reply([{'role': 'user', 'content': 'Hello'}])]
+    print(*try_it(hello()))
+
+# %% [markdown]
+# ## 4 Turns
+#
+# A reply is a task of the server. It begins when the question is committed and goes on whoever watches. What Claude
+# says waits in memory for the next frame; one commit a frame serves all replies, and only what is committed is shown.
+# Time is cut in frames by the clock, so nothing has to be agreed: sockets to Claude are read in the first quarter of a
+# frame and left alone after it (a burst then is one wake-up), and what they brought is committed at the quarter's end.
+
+
+# %%
+class Turn:
+    "All live state of one reply. `pieces` are committed and may be shown; (`reply.id`, `len(pieces)`) is the cursor."
+    def __init__(self, reply: Message):
+        self.reply, self.pieces, self.unsaved, self.size = reply, [], [], 0
+        self.notice = ''  # words for now: a wait, a full disk
+        self.end: Ended | None = None  # how it ended, perhaps not committed yet
+        self.over = False  # the end is committed: nothing will ever be added
+        self.task: asyncio.Task | None = None
+        self.cut_off = Ended('stopped')
+        self.changed = asyncio.Event()
+
+    def show(self, notice: str | None = None):
+        "Wake all who follow; each finds by itself what is new."
+        if notice is not None: self.notice = notice
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+    async def follow(self) -> AsyncIterator[None]:
+        "Yield now, after each change, and a last time when the reply is over. Whoever is slow skips steps, not text."
+        while True:
+            over, changed = self.over, self.changed
+            yield
+            if over: return
+            await changed.wait()
+
+    def cancel(self, end: Ended):
+        self.cut_off = end
+        self.task.cancel()
+
+
+class Turns:
+    "The replies being written right now, one per conversation at most, and the one loop that commits what they say."
+    def __init__(self, store: Store, claude: Claude, settings: Settings):
+        self.store, self.claude, self.settings = store, claude, settings
+        self.running: dict[str, Turn] = {}
+        self.grew, self.closing = asyncio.Event(), False
+        self.keeper: asyncio.Task | None = None
+
+    async def ask(self, owner, conversation, text, key=None) -> tuple[Message, Message]:
+        "Save a question and start the reply. Raises `Refused` 422 blank, 413 too long, 503 stopping, and Store.ask's."
+        limit = self.settings.max_message_chars
+        if not text.strip(): raise Refused(422, 'Write something first.', text)
+        if len(text) > limit: raise Refused(413, f'This has {len(text):,} characters; {limit:,} are allowed.', text)
+        self._open_for(text)
+        question, reply, new = await asyncio.shield(self._asked(owner, conversation, text, key))
+        return question, reply
+
+    async def _asked(self, *send):
+        "Shielded, so that a client that hangs up between the commit and the start leaves no reply without its task."
+        question, reply, new = await self.store.ask(*send, self.claude.model)
+        if new: self._start(reply)
+        return question, reply, new
+
+    async def retry(self, owner, conversation) -> tuple[Message, Message]:
+        "A new reply to the last question. Raises `Refused` as `ask` does."
+        self._open_for('')
+
+        async def retried():
+            question, reply = await self.store.retry(owner, conversation, self.claude.model)
+            self._start(reply)
+            return question, reply
+        return await asyncio.shield(retried())
+
+    def _open_for(self, text):
+        if self.closing: raise Refused(503, 'Parley is being restarted. Send again in a moment.', text, 5)
+
+    def find(self, message: Message) -> Turn | None:
+        "The turn that is writing `message`."
+        turn = self.running.get(message.conversation)
+        return turn if turn and turn.reply.id == message.id else None
+
+    async def stop(self, owner, conversation):
+        "Stop the running reply, from any tab and at any moment; returns when that is committed (or after 2 s)."
+        turn = self.running.get(conversation)
+        if not turn or turn.reply.owner != owner: return
+        turn.cancel(Ended('stopped'))
+        await self._over([turn], 2)
+
+    async def close(self, drain: float):
+        "Let running replies end for `drain` seconds, save the rest as interrupted."
+        self.closing = True
+        if drain: await self._over(list(self.running.values()), drain)
+        for turn in self.running.values():
+            turn.cancel(Ended('interrupted', 'Parley was stopped while this was being written.'))
+        await self._over(list(self.running.values()), 2)
+        if self.keeper: self.keeper.cancel()
+
+    async def _over(self, turns, seconds):
+        async def wait(turn):
+            async for _ in turn.follow(): pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds): await asyncio.gather(*map(wait, turns))
+
+    def _start(self, reply):
+        turn = self.running[reply.conversation] = Turn(reply)
+        turn.task = asyncio.create_task(self._write(turn))
+        self.keeper = self.keeper or asyncio.create_task(self._keep())
+
+    async def _write(self, turn):
+        "The one owner of a reply: hears Claude out, or as far as it goes."
+        end = Ended('failed', 'Parley failed; the log says more.')
+        try:
+            _, path = await self.store.path(turn.reply.owner, turn.reply.conversation)
+            async with contextlib.aclosing(self.claude.reply(history(path))) as events:
+                async for event in events:
+                    match event:
+                        case str(): await self._hear(turn, event)
+                        case Waiting(seconds): turn.show(f'{BUSY}, trying again in {seconds:.0f} s')
+                        case Ended(): end = event
+                    if turn.size >= self.settings.max_reply_chars:
+                        end = Ended('interrupted', 'The reply was cut: it is longer than MAX_REPLY_CHARS.')
+                        break
+        except asyncio.CancelledError: end = turn.cut_off
+        except Exception as error:  # noqa: BLE001 whatever it is, the reply must end and the person be told
+            log.error('a reply failed: %s', type(error).__name__)
+        finally:  # synchronous on purpose: a second cancel can not interrupt it
+            turn.end = end
+            self.grew.set()
+
+    async def _hear(self, turn, text):
+        text = text[:self.settings.max_reply_chars - turn.size]
+        turn.unsaved.append(text)
+        turn.size += len(text)
+        self.grew.set()
+        if self._phase() > 0.25: await asyncio.sleep(self._until(0))
+        while len(turn.unsaved) > 250: await asyncio.sleep(self._until(0))  # the disk is slow: read no further
+
+    def _phase(self): return time.monotonic() / self.settings.frame_seconds % 1
+
+    def _until(self, phase):
+        "Seconds until the next frame has reached `phase` (0 to 1)."
+        return ((phase - self._phase()) % 1 or 1) * self.settings.frame_seconds
+
+    async def _keep(self):
+        "Commit what grew, at once if nothing did for a while, else once a frame. A disk that fails is tried again."
+        while True:
+            await self.grew.wait()
+            self.grew.clear()
+            try: await self._commit([turn for turn in self.running.values() if turn.unsaved or turn.end])
+            except Unusable as error:
+                for turn in self.running.values(): turn.show(f'Not saved yet: {error}. Trying again.')
+                await asyncio.sleep(1)
+                self.grew.set()
+            await asyncio.sleep(self._until(0.25))
+
+    async def _commit(self, turns):
+        batch = [(turn, len(turn.unsaved), ''.join(turn.unsaved), turn.end) for turn in turns]
+        await self.store.save([Piece(turn.reply.id, len(turn.pieces), text) for turn, _, text, _ in batch if text],
+                              [(turn.reply.id, end.status, end.note) for turn, _, _, end in batch if end])
+        for turn, count, text, end in batch:
+            del turn.unsaved[:count]
+            if text: turn.pieces.append(text)
+            if end:
+                turn.over = True
+                del self.running[turn.reply.conversation]
+            turn.show('')
+
+
+# %%
+if NOTEBOOK:
+    async def and_then():
+        turns = Turns(store, claude, Settings())
+        await turns.ask(OWNER, question.conversation, 'And then?')
+        async for _ in (turn := turns.running[question.conversation]).follow(): print(len(turn.pieces), end=' ')
+    try_it(and_then())
+
+# %% [markdown]
+# ## 5 Words
+#
+# Text as a page may hold it. For now everything is shown as it was written.
+
+
+# %%
+def plain(text: str) -> str:
+    "Text as HTML that shows exactly this text."
+    return html.escape(text, quote=False)
+
+
+# %% [markdown]
+# ## 6 Components
+#
+# Values in, tags out. Ids are the protocol between the server and the page: `msg-3`, `content-3`, `state-3`. A frame of
+# the socket is one or more elements that htmx swaps out of band; this is the only place where an event becomes markup.
+
+
+# %%
+ENDS = {'stopped': 'Stopped.', 'interrupted': 'Interrupted.', 'failed': 'No answer.'}
+
+
+def State(message, notice=''):
+    "What stands under a message: how it is or how it ended, and what can be done. Swapped as a whole."
+    words = f'{ENDS.get(message.status, "")} {message.note}'.strip() if message.status != RUNNING else notice
+    return Footer(P(words, role='status' if notice else None) if words else None,
+                  StopForm(message) if message.status == RUNNING else None,
+                  RetryForm(message) if message.status in ENDS else None,
+                  id=f'state-{message.idx}', cls='state', data_status=message.status)
+
+
+def StopForm(message):
+    action = stop.to(conversation_id=message.conversation)
+    return Form(Button('Stop', cls='quiet'), id='stop', method='post', action=action, hx_post=action, hx_swap='none')
+
+
+def RetryForm(message):
+    action = retry.to(conversation_id=message.conversation)
+    return Form(Button('Retry', cls='quiet'), cls='retry', method='post', action=action, hx_post=action,
+                hx_target=f'#msg-{message.idx}', hx_swap='outerHTML', hx_disabled_elt='find button')
+
+
+def Bubble(message, shown=None, notice='', **live):
+    "A message. `shown` is its content as HTML; `live` are the attributes that keep it going while it is written."
+    who = 'You' if message.role == 'user' else 'Claude'
+    return Article(
+        Header(H2(who)),
+        Div(NotStr(plain(message.content) if shown is None else shown), id=f'content-{message.idx}', cls='content',
+            hx_disable=True),
+        State(message, notice), id=f'msg-{message.idx}', cls='message', data_role=message.role,
+        data_status=message.status, **live)
+
+
+def streaming_message_bubble(msg_idx, conversation_id, message, shown=''):
+    "The bubble of a reply that is being written: its socket brings the rest."
+    return Bubble(message, shown, hx_ext='ws', ws_connect=f'/ws/chat/{conversation_id}/{msg_idx}',
+                  data_poll=fragment.to(conversation_id=conversation_id, idx=msg_idx))
+
+
+def PollingBubble(message, shown):
+    "The same where WebSockets are blocked: it asks for itself once a second until it is over."
+    return Bubble(message, shown, hx_get=fragment.to(conversation_id=message.conversation, idx=message.idx),
+                  hx_trigger='every 1s', hx_swap='outerHTML')
+
+
+def Reply(message, shown=None):
+    "A message as it is now: live while it is being written, plain when it is over."
+    if message.status != RUNNING: return Bubble(message, shown)
+    return streaming_message_bubble(message.idx, message.conversation, message, shown)
+
+
+# Frames are put together as text: a component per piece would cost more than everything else a piece does.
+def Snapshot(idx, text): return f'<div id="content-{idx}" hx-swap-oob="innerHTML">{plain(text)}</div>'
+def Appended(idx, text): return f'<div id="content-{idx}" hx-swap-oob="beforeend">{plain(text)}</div>'
+
+
+def Key(**attrs): return Input(type='hidden', id='key', name='key', value=secrets.token_urlsafe(12), **attrs)
+
+
+def Composer(typed='', notice=''):
+    "Where one writes. It posts to the page's own address, so a first question and a later one are the same form."
+    return Form(
+        Label('Message', _for='message', cls='unseen'),
+        Textarea('\n' + typed, id='message', name='message', rows=1, placeholder='Ask Claude', autocomplete='off'),
+        Key(), Button('Send', cls='send'), Button('Stop', form='stop', cls='stop', formnovalidate=True),
+        P(notice, id='notice', role='alert'), P(id='link', role='status'),
+        id='composer', method='post', hx_post='', hx_target='#messages', hx_swap='beforeend', hx_disabled_elt='.send')
+
+
+def Empty(demo):
+    return Div(H1('Parley'), P('A chat with Claude that keeps every word on your own disk.'),
+               P('The demo model answers: no key is set.', cls='demo') if demo else None, id='empty')
+
+
+def ListItem(conversation, current=None):
+    return Li(A(conversation.title, href=show.to(conversation_id=conversation.id),
+                aria_current='page' if conversation.id == current else None))
+
+
+def Sidebar(conversations, current=None):
+    return Nav(A('New conversation', href='/', cls='new'),
+               Ul(*[ListItem(c, current) for c in conversations], id='conversations'), aria_label='Conversations')
+
+
+def Page(title, conversations, *content, current=None, running=False, typed='', notice=''):
+    "A whole page. Without JavaScript it loads itself again while a reply runs."
+    config = {'includeIndicatorStyles': False, 'allowEval': False, 'allowScriptTags': False, 'historyCacheSize': 0,
+              'refreshOnHistoryMiss': True, 'selfRequestsOnly': True, 'responseHandling': [
+                  {'code': '204', 'swap': False}, {'code': '[23]..', 'swap': True},
+                  {'code': '[45]..', 'swap': True, 'target': '#notice', 'swapOverride': 'innerHTML'}]}
+    head = Head(
+        Meta(charset='utf-8'), Title(title),
+        Meta(name='viewport', content='width=device-width, initial-scale=1, viewport-fit=cover'),
+        Meta(name='color-scheme', content='light dark'), Meta(name='htmx-config', content=json.dumps(config)),
+        Link(rel='stylesheet', href=asset('parley.css')), Link(rel='icon', href=asset('icon.svg')),
+        *[Script(src=asset(name), defer=True) for name in ('htmx.js', 'ws.js', 'parley.js')],
+        Noscript(Meta(http_equiv='refresh', content='2')) if running else None)
+    return Html(head, Body(
+        A('To the message box', href='#message', cls='skip'), Sidebar(conversations, current),
+        Main(Div(*content, id='messages'), Composer(typed, notice))), lang='en')
+
+
+# %% [markdown]
+# ## 7 Look
+#
+# The stylesheet and the script, nothing else. JavaScript does only what a server can't.
+
+# %%
+CSS = r'''
+:root { --page: #fbfaf8; --ink: #1f1d1a; --soft: #6b665f; --line: #e4e0d9; --card: #f1eee8; --accent: #b4532a; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #1a1917; --ink: #e9e6e0; --soft: #a09a90; --line: #33312d; --card: #262421; --accent: #e08a5f; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; display: grid; grid-template-columns: 16rem 1fr; min-height: 100dvh; color: var(--ink);
+  background: var(--page); font: 1rem/1.6 system-ui, sans-serif; }
+nav { border-right: 1px solid var(--line); padding: 1rem; position: sticky; top: 0; height: 100dvh; overflow: auto; }
+nav ul { list-style: none; margin: 1rem 0; padding: 0; }
+nav a { display: block; padding: .35rem .5rem; border-radius: .4rem; color: inherit; text-decoration: none;
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+nav a:hover, nav a[aria-current] { background: var(--card); }
+nav .new { border: 1px solid var(--line); text-align: center; }
+main { display: flex; flex-direction: column; min-width: 0; width: min(46rem, 100%); margin: 0 auto; padding: 0 1rem; }
+#messages { flex: 1; padding: 1.5rem 0; }
+.message { margin: 0 0 1.5rem; }
+.message h2 { font-size: .8rem; color: var(--soft); margin: 0 0 .25rem; font-weight: 600; }
+.message[data-role=user] .content { background: var(--card); border-radius: .8rem; padding: .6rem .9rem; }
+.content { white-space: pre-wrap; overflow-wrap: anywhere; }
+.message[data-status=streaming] .content::after { content: '▍'; color: var(--accent); }
+.state { color: var(--soft); font-size: .9rem; }
+.state p { margin: .3rem 0; }
+.state #stop { display: none; }
+@media (scripting: none) { .state #stop { display: block; } }
+.message:not(:last-of-type) .retry { display: none; }
+.demo { color: var(--soft); font-size: .9rem; }
+#composer { position: sticky; bottom: 0; background: var(--page); padding: .5rem 0 max(.8rem, env(safe-area-inset-bottom));
+  display: grid; grid-template-columns: 1fr auto; gap: 0 .5rem; }
+#message { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .8rem;
+  padding: .6rem .9rem; resize: none; max-height: 40dvh; field-sizing: content; }
+button { font: inherit; color: inherit; background: none; border: 1px solid var(--line); border-radius: .8rem;
+  padding: .5rem 1rem; cursor: pointer; }
+.send, .stop { background: var(--accent); border-color: var(--accent); color: var(--page); align-self: end; }
+.quiet { padding: .1rem .6rem; border-radius: .4rem; }
+.stop, body:has([data-status=streaming]) .send { display: none; }
+body:has([data-status=streaming]) .stop { display: block; }
+#notice, #link { grid-column: 1 / -1; margin: .2rem 0 0; font-size: .85rem; color: var(--soft); min-height: 1.3em; }
+#notice { color: var(--accent); }
+#notice:empty { display: none; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.unseen, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+@media (max-width: 48rem) {
+  body { display: block; }
+  nav { position: static; height: auto; border: 0; border-bottom: 1px solid var(--line); padding: .5rem 1rem;
+    max-height: 30dvh; }
+  main { min-height: 70dvh; }
+}
+'''
+
+JS = r'''
+'use strict';
+const $ = (selector, root = document) => root.querySelector(selector);
+const on = (name, act) => document.addEventListener(name, act);
+const say = text => { $('#link').textContent = text; };
+
+// The socket of a reply. A clean end is final; a socket that fails twice in a row gives way to polling.
+htmx.config.wsReconnectDelay = retry => Math.min(1000 * 2 ** retry, 2000) * (0.75 + Math.random() / 4);
+on('htmx:wsConnecting', e => say(e.target.failures ? 'reconnecting…' : 'connecting…'));
+on('htmx:wsOpen', e => { e.target.restart = false; say('live'); });
+on('htmx:wsError', () => say('connection lost'));
+on('htmx:wsBeforeMessage', e => { e.target.failures = 0; e.target.heard = performance.now(); });
+on('htmx:wsAfterMessage', () => { if (pinned) toEnd(); });
+on('htmx:wsClose', e => {
+  const bubble = e.target, code = e.detail.event.code;
+  if (code === 1000 || code === 4404) return finish(bubble);
+  bubble.failures = (bubble.failures || 0) + 1;
+  if (code === 1012) bubble.restart = true;
+  say('reconnecting…');
+  if (code >= 4000 || bubble.failures >= (bubble.restart ? 8 : 2)) poll(bubble);
+});
+
+function finish(bubble) {
+  bubble.removeAttribute('ws-connect');
+  bubble.removeAttribute('hx-ext');
+  const { status } = $('.state', bubble).dataset;
+  bubble.dataset.status = status === 'streaming' ? 'interrupted' : status;
+  say(status === 'done' ? 'finished' : status);
+}
+
+function poll(bubble) { // a copy, so that the extension finds the element of its socket gone
+  const copy = bubble.cloneNode(true), url = bubble.dataset.poll;
+  copy.removeAttribute('ws-connect');
+  copy.removeAttribute('hx-ext');
+  for (const [name, value] of Object.entries({ get: url, trigger: 'every 1s', swap: 'outerHTML' }))
+    copy.setAttribute('hx-' + name, value);
+  bubble.replaceWith(copy);
+  htmx.process(copy);
+  say('live, without a socket');
+}
+on('htmx:afterSwap', e => {
+  if (e.detail.elt?.matches?.('[hx-trigger]') && !$('[data-status=streaming]')) say('finished');
+});
+
+// A socket that slept may be half open and say nothing: open it anew unless it has just been heard.
+function wake() {
+  for (const bubble of document.querySelectorAll('[ws-connect]')) {
+    const wrapper = bubble['htmx-internal-data']?.webSocket, socket = wrapper?.socket;
+    if (socket?.readyState !== WebSocket.OPEN || performance.now() - (bubble.heard || 0) < 2000) continue;
+    socket.onclose = socket.onerror = null;
+    wrapper.init();
+  }
+}
+on('visibilitychange', () => { if (!document.hidden) wake(); });
+addEventListener('online', wake);
+addEventListener('pageshow', e => { if (e.persisted) location.reload(); });
+
+// The reader's place: follow the text only while the end is in view.
+let pinned = true, top_ = 0;
+const page = document.scrollingElement;
+const atEnd = () => page.scrollHeight - page.scrollTop - page.clientHeight < 40;
+const toEnd = () => { page.scrollTop = page.scrollHeight; };
+on('scroll', () => { pinned = page.scrollTop >= top_ ? pinned || atEnd() : atEnd(); top_ = page.scrollTop; });
+
+// The composer: empties only when the server has the message; a draft survives a reload.
+const composer = $('#composer'), box = $('#message');
+const draft = () => 'draft:' + location.pathname;
+let sent = null;
+if (!box.value) box.value = localStorage.getItem(draft()) || '';
+box.addEventListener('input', () => {
+  box.value ? localStorage.setItem(draft(), box.value) : localStorage.removeItem(draft());
+});
+box.addEventListener('keydown', e => {
+  if (e.key !== 'Enter' || e.shiftKey || e.isComposing || e.keyCode === 229) return;
+  e.preventDefault();
+  if (box.value.trim()) composer.requestSubmit($('.send'));
+});
+composer.addEventListener('htmx:beforeRequest', e => {
+  if (!box.value.trim()) return e.preventDefault();
+  sent = { draft: draft(), text: box.value };
+  $('#notice').textContent = '';
+  pinned = true;
+});
+composer.addEventListener('htmx:beforeSwap', e => { // another tab was faster, or this was sent before: show the truth
+  const first = Number(e.detail.xhr.responseText.match(/id="msg-(\d+)"/)?.[1] ?? -1);
+  if (e.detail.xhr.status >= 400 || first < 0) return;
+  if (!$('#msg-' + first) && (first === 0 || $('#msg-' + (first - 1)))) return;
+  e.detail.shouldSwap = false;
+  emptied();
+  location.reload();
+});
+composer.addEventListener('htmx:afterRequest', e => {
+  if (e.detail.xhr.status >= 200 && e.detail.xhr.status < 300) emptied();
+});
+composer.addEventListener('htmx:sendError', () => {
+  $('#notice').textContent = 'Not sent: Parley can not be reached. Your text is still here.';
+});
+function emptied() {
+  if (!sent) return;
+  localStorage.removeItem(sent.draft);
+  box.value = box.value.startsWith(sent.text) ? box.value.slice(sent.text.length) : box.value;
+  sent = null;
+  toEnd();
+}
+on('keydown', e => { if (e.key === 'Escape') $('#stop')?.requestSubmit(); });
+if (matchMedia('(pointer: fine)').matches) box.focus();
+toEnd();
+'''
+
+ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path fill="#b4532a" d="M6 5h20a3 3 0 0 1 3 3v12a3 3
+ 0 0 1-3 3H16l-7 6v-6H6a3 3 0 0 1-3-3V8a3 3 0 0 1 3-3z"/></svg>'''
+
+
+@functools.cache
+def assets() -> dict[str, tuple[str, str, bytes]]:
+    "File name → (its URL with a hash of the content, media type, content). htmx comes from the django-htmx package."
+    folder = Path(importlib.util.find_spec('django_htmx').submodule_search_locations[0]) / 'static' / 'django_htmx'
+    files = {'htmx.js': (folder / 'htmx-2.min.js').read_text(), 'ws.js': (folder / 'ext' / 'hx-ws-2.min.js').read_text(),
+             'parley.js': JS, 'parley.css': CSS, 'icon.svg': ICON}
+    kinds = {'js': 'text/javascript', 'css': 'text/css', 'svg': 'image/svg+xml'}
+    return {name: (f'/assets/{hashlib.sha256(text.encode()).hexdigest()[:12]}-{name}', kinds[name.rpartition('.')[2]],
+                   text.encode()) for name, text in files.items()}
+
+
+def asset(name): return assets()[name][0]
+
+
+# %% [markdown]
+# ## 8 Door
+#
+# One plain ASGI guard outside everything, for pages and sockets alike: who asks, from where, and how much.
+
+# %%
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; manifest-src 'self'")
+HEADERS = {b'content-security-policy': POLICY.encode(), b'x-content-type-options': b'nosniff',
+           b'referrer-policy': b'no-referrer', b'x-frame-options': b'DENY',
+           b'cross-origin-opener-policy': b'same-origin', b'cross-origin-resource-policy': b'same-origin'}
+LOOPBACK = ('localhost', '127.0.0.1', '[::1]')
+
+
+class Door:
+    "Checks Host and Origin before anything else runs, bounds the body, and puts the headers on every answer."
+    def __init__(self, app, settings: Settings):
+        self.settings, self.state = settings, app.state
+        self.app = RequestBodyLimitMiddleware(app, settings.max_message_chars * 12 + 65_536)
+
+    async def __call__(self, scope, receive, send):
+        if scope['type'] == 'lifespan': return await self.app(scope, receive, send)
+        if scope['type'] == 'websocket': return await (self.app if self.same(scope) else self.shut)(scope, receive, send)
+
+        async def send_with_headers(message):
+            if message['type'] == 'http.response.start':
+                there = {name for name, _ in message['headers']}
+                message['headers'] = [*message['headers'], *[h for h in HEADERS.items() if h[0] not in there]]
+                if b'cache-control' not in there: message['headers'].append((b'cache-control', b'no-store'))
+            await send(message)
+
+        if words := self.objection(scope):
+            return await PlainTextResponse(words, 403)(scope, receive, send_with_headers)
+        await self.app(scope, receive, send_with_headers)
+
+    def objection(self, scope) -> str:
+        headers = dict(scope['headers'])
+        if not self.known(headers.get(b'host', b'').decode('latin-1')): return 'This is not the name of this server.'
+        if scope['method'] not in ('GET', 'HEAD') and not self.same(scope): return 'This came from another site.'
+        return ''
+
+    def known(self, host):
+        "Without a name of its own, a server on the loopback answers to the loopback's names only (DNS rebinding)."
+        return self.settings.host not in (*LOOPBACK, '::1') or re.sub(r':\d+$', '', host) in LOOPBACK
+
+    def same(self, scope) -> bool:
+        "Whether a page of our own sent this: browsers say so in Sec-Fetch-Site or in Origin, sockets in Origin."
+        headers = dict(scope['headers'])
+        host, origin = headers.get(b'host', b''), headers.get(b'origin')
+        if not self.known(host.decode('latin-1')): return False
+        if scope['type'] == 'http' and b'sec-fetch-site' in headers: return headers[b'sec-fetch-site'] == b'same-origin'
+        return origin is not None and urlsplit(origin.decode('latin-1')).netloc.encode('latin-1') == host
+
+    @staticmethod
+    async def shut(scope, receive, send):
+        await receive()
+        await send({'type': 'websocket.close', 'code': 4403})
+
+
+# %% [markdown]
+# ## 9 Pages
+#
+# Look up, act, answer: a handler returns exactly what changed on the page, or a page to a browser that asked for one.
+
+# %%
+rt = APIRouter()
+
+
+@dataclass
+class Parley:
+    "All state of a running app, as `app.state.parley`."
+    settings: Settings
+    store: Store
+    claude: Claude
+    turns: Turns
+
+
+def parley(conn) -> Parley: return conn.app.state.parley
+def by_htmx(req): return 'hx-request' in req.headers and 'hx-history-restore-request' not in req.headers
+
+
+async def form_of(req: Request) -> dict[str, str]:
+    """The fields of a posted form, read from the body itself: FastHTML's injected parameters can be overridden by a
+    cookie or a header of the same name. Raises `Refused` 422 for what is not text."""
+    try:
+        body = (await req.body()).decode()
+        if 'multipart' in req.headers.get('content-type', ''):
+            return {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
+        return dict(parse_qsl(body, keep_blank_values=True, errors='strict', max_num_fields=20))
+    except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
+
+
+async def page(req, title='Parley', *content, status=200, current=None, **more):
+    conversations = await parley(req).store.conversations(OWNER)
+    return FtResponse(Page(title, conversations, *content, current=current, **more), status)
+
+
+def sent(req, question, reply, *more):
+    "Answer a send: the two bubbles as a fragment, or the way to the conversation."
+    place = show.to(conversation_id=reply.conversation)
+    if not by_htmx(req): return RedirectResponse(place, 303)
+    return (Reply(question), Reply(reply), Key(hx_swap_oob='true'), *more)
+
+
+@rt.get('/')
+async def home(req): return await page(req, 'Parley', Empty(parley(req).settings.demo))
+
+
+@rt.post('/')
+async def begin(req):
+    form = await form_of(req)
+    question, reply = await parley(req).turns.ask(OWNER, None, form.get('message', ''), form.get('key') or None)
+    conversation, _ = await parley(req).store.path(OWNER, reply.conversation, reply.idx)
+    place = show.to(conversation_id=conversation.id)
+    return sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
+                Ul(ListItem(conversation, conversation.id), id='conversations', hx_swap_oob='afterbegin'),
+                HtmxResponseHeaders(push_url=place))
+
+
+@rt.get('/c/{conversation_id}.json')
+async def as_json(req, conversation_id: str):
+    conversation, path = await parley(req).store.path(OWNER, conversation_id)
+    return JSONResponse({'id': conversation.id, 'title': conversation.title, 'messages': [
+        {name: getattr(m, name) for name in ('idx', 'role', 'content', 'status', 'note', 'model', 'created', 'ended')}
+        for m in path]})
+
+
+@rt.get('/c/{conversation_id}.md')
+async def as_markdown(req, conversation_id: str):
+    conversation, path = await parley(req).store.path(OWNER, conversation_id)
+    parts = [f'# {conversation.title}', *[f'## {"You" if m.role == "user" else "Claude"}\n\n{m.content}' for m in path]]
+    return PlainTextResponse('\n\n'.join(parts) + '\n', media_type='text/markdown', headers={
+        'content-disposition': f'attachment; filename="parley-{conversation.id}.md"'})
+
+
+@rt.get('/c/{conversation_id}')
+async def show(req, conversation_id: str):
+    conversation, path = await parley(req).store.path(OWNER, conversation_id)
+    return await page(req, conversation.title, *map(Reply, path), current=conversation.id,
+                      running=path[-1].status == RUNNING)
+
+
+@rt.get('/c/{conversation_id}/{idx}')
+async def fragment(req, conversation_id: str, idx: int):
+    "One message by itself, for a bubble that polls."
+    message = await parley(req).store.message(OWNER, conversation_id, idx)
+    if not message: raise Refused(404, 'There is no such message here.')
+    return PollingBubble(message, None) if message.status == RUNNING else Bubble(message)
+
+
+@rt.post('/c/{conversation_id}')
+async def ask(req, conversation_id: str):
+    form = await form_of(req)
+    turns = parley(req).turns
+    return sent(req, *await turns.ask(OWNER, conversation_id, form.get('message', ''), form.get('key') or None))
+
+
+@rt.post('/c/{conversation_id}/stop')
+async def stop(req, conversation_id: str):
+    await parley(req).turns.stop(OWNER, conversation_id)
+    return Response(status_code=204) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
+
+
+@rt.post('/c/{conversation_id}/retry')
+async def retry(req, conversation_id: str):
+    question, reply = await parley(req).turns.retry(OWNER, conversation_id)
+    return Reply(reply) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
+
+
+@rt.get('/healthz')
+async def healthz(req):
+    try: await parley(req).store.check()
+    except Unusable as error: return JSONResponse({'ok': False, 'why': str(error)}, 503)
+    return JSONResponse({'ok': True})
+
+
+@rt.get('/assets/{file}')
+async def asset_file(req, file: str):
+    for url, kind, content in assets().values():
+        if url == req.url.path:
+            return Response(content, media_type=kind, headers={'cache-control': 'public, max-age=31536000, immutable'})
+    raise Refused(404, 'There is no such file here.')
+
+
+async def refused(req, error):
+    "A clear error, and nothing is lost: what the person typed is in the composer of the page that says no."
+    if isinstance(error, Unusable): error = Refused(503, f'Not saved: {error}. Your text is still here.')
+    if isinstance(error, HTTPException): error = Refused(error.status_code, 'There is nothing here.')
+    headers = {'retry-after': str(error.retry_after)} if error.retry_after else None
+    if req.url.path.endswith('.json'): return JSONResponse({'error': error.words}, error.status, headers)
+    if by_htmx(req): return PlainTextResponse(error.words, error.status, headers)
+    typed = error.typed or (await form_of(req)).get('message', '') if req.method == 'POST' else ''
+    return HTMLResponse(to_xml(Page('Parley', [], typed=typed, notice=error.words)), error.status, headers)
+
+
+# %% [markdown]
+# ## 10 Socket
+#
+# A socket only watches. It sends a snapshot, then what is new, then how it ended, and closes with 1000; while it sends
+# it hears `{"action": "stop"}`. Closing codes of ours, which no client reconnects after: 4400 a message that makes no
+# sense, 4404 an unknown reply, 4500 a fault of ours.
+
+
+# %%
+async def chat(ws: WebSocket):
+    "WS /ws/chat/{conversation_id}/{msg_idx}"
+    await ws.accept()
+    conversation, idx = ws.path_params['conversation_id'], ws.path_params['msg_idx']
+    message = await parley(ws).store.message(OWNER, conversation, int(idx)) if idx.isdecimal() and len(idx) < 9 else None
+    if not message or message.role != 'assistant': return await ws.close(4404)
+    watching = asyncio.create_task(watch(ws, message))
+    try: await hear(ws, conversation)
+    finally: watching.cancel()
+
+
+async def hear(ws, conversation):
+    "Read what the page says until it is gone; reading is also what lets the server see pongs and the end."
+    while (frame := await ws.receive())['type'] != 'websocket.disconnect':
+        try: said = json.loads(frame['text']) if len(frame.get('text') or '') <= 4096 else None
+        except ValueError: said = None
+        if not isinstance(said, dict): return await ws.close(4400)
+        if said.get('action') == 'stop': await parley(ws).turns.stop(OWNER, conversation)
+
+
+async def watch(ws, message):
+    with contextlib.suppress(WebSocketDisconnect):
+        try:
+            if turn := parley(ws).turns.find(message): await follow(ws, turn)
+            message = await parley(ws).store.message(OWNER, message.conversation, message.idx)
+            if not turn: await ws.send_text(Snapshot(message.idx, message.content))
+            await ws.send_text(to_xml(State(message), indent=False))
+            await ws.close(1000)
+        except Unusable: await ws.close(4500)
+
+
+async def follow(ws, turn):
+    "Send the reply as it grows. A socket that reads slowly is given a snapshot: what waits for it is never a queue."
+    cursor = None
+    notice = ''
+    async for _ in turn.follow():
+        seen = len(turn.pieces)
+        if cursor is None or seen - cursor > 25: await ws.send_text(Snapshot(turn.reply.idx, ''.join(turn.pieces)))
+        elif seen > cursor: await ws.send_text(Appended(turn.reply.idx, ''.join(turn.pieces[cursor:seen])))
+        cursor = seen
+        if notice != turn.notice:
+            notice = turn.notice
+            await ws.send_text(to_xml(State(turn.reply, notice), indent=False))
+
+
+# %% [markdown]
+# ## 11 App
+
+
+# %%
+def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Door:
+    "The app behind its door, with its database open. `http` is handed to the SDK. Raises `Unusable`."
+    fh_cfg.indent = False  # white space that FastHTML adds would be seen in pre-wrapped text
+    store, claude = Store(settings.database), Claude(settings, http)
+    turns = Turns(store, claude, settings)
+
+    async def lifespan(app):
+        yield
+        await turns.close(0)
+        await claude.sdk.close()
+        store.close()
+
+    app = FastHTML(lifespan=lifespan, default_hdrs=False, canonical=False, sess_cls=None,
+                   secret_key=settings.session_secret or store.secret(),
+                   middleware=[Middleware(GZipMiddleware, minimum_size=1000)])
+    app.state.parley = Parley(settings, store, claude, turns)
+    rt.to_app(app)
+    app.router.routes.append(WebSocketRoute('/ws/chat/{conversation_id}/{msg_idx}', chat))
+    for kind in (Refused, Unusable, HTTPException): app.add_exception_handler(kind, refused)
+    return Door(app, settings)
+
+
+class Server(uvicorn.Server):
+    "Drains before it closes its sockets: SIGTERM lets running replies end for a while, Ctrl-C does not wait."
+    async def shutdown(self, sockets=None):
+        here = self.config.app.state.parley
+        drain = here.settings.drain_seconds if signal.SIGTERM in self._captured_signals else 0
+        await here.turns.close(drain)
+        await super().shutdown(sockets)
+
+
+def main():
+    "Run the server as the environment says."
+    os.umask(0o077)
+    settings = Settings.read(os.environ)
+    logging.basicConfig(level=settings.log_level.upper(), format='%(asctime)s %(levelname)s %(name)s %(message)s')
+    for chatty in ('anthropic', 'httpx2', 'httpcore2', 'httpx'): logging.getLogger(chatty).setLevel(logging.WARNING)
+    try: app = create_app(settings)
+    except Unusable as error: raise SystemExit(f'{settings.database}: {error}') from None
+    if settings.demo: log.info('no key is set: the demo model answers')
+    log.info('Parley is at http://%s:%s', settings.host, settings.port)
+    Server(uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
+                          proxy_headers=False, ws_max_size=262_144, timeout_graceful_shutdown=2)).run()
+
+
+if __name__ == '__main__' and not NOTEBOOK: main()
