@@ -7,7 +7,7 @@
 #
 # | part one: the conversation, knows no HTML | part two: the page, knows no SQL |
 # |---|---|
-# | 1 Settings · 2 Store · 3 Claude · 4 Turns | 5 Words · 6 Components · 7 Look · 8 Door · 9 Pages · 10 Socket · 11 App |
+# | 1 Settings, 2 Store, 3 Claude, 4 Turns | 5 Words, 6 Components, 7 Look, 8 Door, 9 Pages, 10 Socket, 11 App |
 #
 # Read from the top: a section uses only what stands above it. It opens as a notebook too, and every `Try it` cell runs.
 #
@@ -363,7 +363,8 @@ class Store:
     @reads
     def message(self, db, owner, conversation, idx) -> Message | None:
         "The message of depth `idx` on the current path."
-        return next((m for m in self._path(db, owner, conversation, idx) if m.idx == idx), None)
+        path = self._path(db, owner, conversation, min(idx, 2**31))  # a number from outside may be of any size
+        return next((m for m in path if m.idx == idx), None)
 
     @writes_durably
     def ask(self, db, owner, conversation, text, key, model) -> tuple[Message, Message, bool]:
@@ -557,11 +558,13 @@ class Claude:
     async def _once(self, turns):
         "One answer, a `str` per read of the connection; a `pause_turn` is sent back as it is and resumed."
         for _ in range(RESUMES):
-            blocks, reason, complete, held = [], None, False, ''
+            blocks, reason, heard, complete, held = [], None, False, False, ''
             async for events in self._reads(turns):
                 said = []
                 for event in events:
+                    heard = heard or event['type'] != 'error'
                     match event['type']:
+                        case _ if complete: break
                         case 'content_block_delta' if event['delta']['type'] == 'text_delta':
                             said.append(event['delta']['text'])
                         case 'content_block_start': blocks.append([event['content_block'], []])
@@ -574,6 +577,7 @@ class Claude:
                     if text: yield text
                 if complete: break
             if held: yield '\ufffd'
+            if not heard: raise Fault(FOREIGN)
             if not complete: raise Fault(BROKE_OFF, status='interrupted')
             if reason != 'pause_turn': break
             turns = [*turns, {'role': 'assistant', 'content': [
@@ -666,8 +670,8 @@ def parley(you, claude):
 def demo_answer(asked: str) -> tuple[str, float]:
     "What the demo model says to `asked`, and the seconds between two words."
     if 'long' in asked.lower():
-        return ''.join(f'## Part {n}\n\n' + 'It goes on and on, as you asked, until it ends or you stop it. ' * 8 + '\n\n'
-                       for n in range(1, 26)), 0.008
+        part = 'It goes on and on, as you asked, until it ends or you stop it. ' * 8
+        return ''.join(f'## Part {n}\n\n{part}\n\n' for n in range(1, 26)), 0.008
     return f'{DEMO_ANSWER}You said: “{" ".join(asked.split())[:200]}”', 0.25 if 'slow' in asked.lower() else 0.02
 
 
@@ -785,9 +789,9 @@ class Turns:
         return turn if turn and turn.reply.id == message.id else None
 
     async def stop(self, owner, conversation):
-        "Stop the running reply, from any tab and at any moment; returns when that is committed (or after 2 s)."
-        turn = self.running.get(conversation)
-        if not turn or turn.reply.owner != owner: return
+        "Stop the running reply, from any tab and at any moment; returns when that is committed. Raises `Refused` 404."
+        await self.store.path(owner, conversation, 2**31)  # raises if there is none
+        if not (turn := self.running.get(conversation)): return
         turn.cancel(Ended('stopped'))
         await self._over([turn], 2)
 
@@ -838,7 +842,7 @@ class Turns:
         turn.size += len(text)
         self.grew.set()
         if self._phase() > 0.25: await asyncio.sleep(self._until(0))
-        while len(turn.unsaved) > 250: await asyncio.sleep(self._until(0))  # the disk is slow: read no further
+        while len(turn.unsaved) > 250: await turn.changed.wait()  # the disk is slow: read no further
 
     def _phase(self): return time.monotonic() / self.settings.frame_seconds % 1
 
@@ -1207,7 +1211,8 @@ class Door:
 
     async def __call__(self, scope, receive, send):
         if scope['type'] == 'lifespan': return await self.app(scope, receive, send)
-        if scope['type'] == 'websocket': return await (self.app if self.same(scope) else self.shut)(scope, receive, send)
+        if scope['type'] == 'websocket':
+            return await (self.app if self.same(scope) else self.shut)(scope, receive, send)
 
         async def send_with_headers(message):
             if message['type'] == 'http.response.start':
@@ -1269,11 +1274,9 @@ def by_htmx(req): return 'hx-request' in req.headers and 'hx-history-restore-req
 async def form_of(req: Request) -> dict[str, str]:
     """The fields of a posted form, read from the body itself: FastHTML's injected parameters can be overridden by a
     cookie or a header of the same name. Raises `Refused` 422 for what is not text."""
-    try:
-        body = (await req.body()).decode()
-        if 'multipart' in req.headers.get('content-type', ''):
-            return {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
-        return dict(parse_qsl(body, keep_blank_values=True, errors='strict', max_num_fields=20))
+    if 'multipart' in req.headers.get('content-type', ''):
+        return {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
+    try: return dict(parse_qsl((await req.body()).decode(), keep_blank_values=True, errors='strict', max_num_fields=20))
     except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
 
 
@@ -1372,11 +1375,15 @@ async def asset_file(req, file: str):
 async def refused(req, error):
     "A clear error, and nothing is lost: what the person typed is in the composer of the page that says no."
     if isinstance(error, Unusable): error = Refused(503, f'Not saved: {error}. Your text is still here.')
-    if isinstance(error, HTTPException): error = Refused(error.status_code, 'There is nothing here.')
+    if isinstance(error, HTTPException):
+        words = 'There is nothing here.' if error.status_code in (404, 405) else 'This is no form that can be read.'
+        error = Refused(error.status_code, words)
     headers = {'retry-after': str(error.retry_after)} if error.retry_after else None
     if req.url.path.endswith('.json'): return JSONResponse({'error': error.words}, error.status, headers)
     if by_htmx(req): return PlainTextResponse(error.words, error.status, headers)
-    typed = error.typed or (await form_of(req)).get('message', '') if req.method == 'POST' else ''
+    typed = error.typed
+    if req.method == 'POST' and not typed:
+        with contextlib.suppress(Refused, HTTPException): typed = (await form_of(req)).get('message', '')
     return HTMLResponse(to_xml(Page('Parley', [], typed=typed, notice=error.words)), error.status, headers)
 
 
@@ -1393,7 +1400,7 @@ async def chat(ws: WebSocket):
     "WS /ws/chat/{conversation_id}/{msg_idx}"
     await ws.accept()
     conversation, idx = ws.path_params['conversation_id'], ws.path_params['msg_idx']
-    message = await parley(ws).store.message(OWNER, conversation, int(idx)) if idx.isdecimal() and len(idx) < 9 else None
+    message = idx.isdecimal() and len(idx) < 9 and await parley(ws).store.message(OWNER, conversation, int(idx))
     if not message or message.role != 'assistant': return await ws.close(4404)
     watching = asyncio.create_task(watch(ws, message))
     try: await hear(ws, conversation)
@@ -1403,8 +1410,9 @@ async def chat(ws: WebSocket):
 async def hear(ws, conversation):
     "Read what the page says until it is gone; reading is also what lets the server see pongs and the end."
     while (frame := await ws.receive())['type'] != 'websocket.disconnect':
-        try: said = json.loads(frame['text']) if len(frame.get('text') or '') <= 4096 else None
-        except ValueError: said = None
+        text = frame.get('text') or ''  # a binary frame has none
+        try: said = json.loads(text) if len(text) <= 4096 else None
+        except (ValueError, RecursionError): said = None
         if not isinstance(said, dict): return await ws.close(4400)
         if said.get('action') == 'stop': await parley(ws).turns.stop(OWNER, conversation)
 
@@ -1480,8 +1488,9 @@ def main():
     except Unusable as error: raise SystemExit(f'{settings.database}: {error}') from None
     if settings.demo: log.info('no key is set: the demo model answers')
     log.info('Parley is at http://%s:%s', settings.host, settings.port)
-    Server(uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
-                          proxy_headers=False, ws_max_size=262_144, timeout_graceful_shutdown=2)).run()
+    config = uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
+                            proxy_headers=False, ws_max_size=262_144, timeout_graceful_shutdown=2)
+    with contextlib.suppress(KeyboardInterrupt): Server(config).run()
 
 
 if __name__ == '__main__' and not NOTEBOOK: main()
