@@ -96,7 +96,7 @@ class Settings:
     stall_seconds: float = setting(600.0, 'the same when only pings come: a model may think for minutes', low=0.05,
                                    high=7200)
     retry_seconds: float = setting(20.0, 'how long a busy Claude is tried again', low=0, high=600)
-    frame_seconds: float = setting(0.04, 'the time between two commits of what was said, and two frames', low=0.001,
+    frame_seconds: float = setting(0.05, 'the time between two commits of what was said, and two frames', low=0.001,
                                    high=1)
     max_message_chars: int = setting(200_000, 'the longest question', low=1, high=10_000_000)
     max_reply_chars: int = setting(2_000_000, 'where an endless reply is cut', low=1, high=50_000_000)
@@ -506,9 +506,9 @@ def history(path: list[Message]) -> list[dict]:
     return turns
 
 
-def until(frame: float, phase: float) -> float:
-    "Seconds until the next frame has reached `phase` (0 to 1). Frames are cut by the clock, the same for everyone."
-    return ((phase - time.monotonic() / frame) % 1 or 1) * frame
+def until_next(frame: float) -> float:
+    "Seconds until the next frame begins. Frames of `frame` seconds are cut by the clock, the same for everyone."
+    return frame - time.monotonic() % frame
 
 
 class EventLines:
@@ -623,7 +623,7 @@ class Claude:
             read = stream.read
 
             async def paced(*args, **kwargs):
-                await asyncio.sleep(until(self.settings.frame_seconds, 0))
+                await asyncio.sleep(until_next(self.settings.frame_seconds))
                 return await read(*args, **kwargs)
             stream.read = paced
             stack.callback(delattr, stream, 'read')
@@ -740,7 +740,7 @@ if NOTEBOOK:
 # A reply is a task of the server. It begins when the question is committed and goes on whoever watches. What Claude
 # says waits in memory for the next frame; one commit a frame serves all replies, and only what is committed is shown.
 # Time is cut in frames by the clock, so nothing has to be agreed: sockets to Claude are read when a frame begins, and
-# what they brought is committed a quarter of a frame later.
+# what they brought is committed together.
 
 
 # %%
@@ -779,7 +779,7 @@ class Turns:
     def __init__(self, store: Store, claude: Claude, settings: Settings):
         self.store, self.claude, self.settings = store, claude, settings
         self.running: dict[str, Turn] = {}
-        self.grew, self.closing = asyncio.Event(), False
+        self.grew, self.began, self.closing = asyncio.Event(), asyncio.Event(), False
         self.keeper: asyncio.Task | None = None
 
     async def ask(self, owner, conversation, text, key=None) -> tuple[Message, Message]:
@@ -866,22 +866,28 @@ class Turns:
 
     async def _hear(self, turn, text):
         text = text[:self.settings.max_reply_chars - turn.size]
+        if not turn.size: self.began.set()
         turn.unsaved.append(text)
         turn.size += len(text)
         self.grew.set()
         while len(turn.unsaved) > 250: await turn.changed.wait()  # the disk is slow: read no further
 
     async def _keep(self):
-        "Commit what grew, at once if nothing did for a while, else once a frame. A disk that fails is tried again."
+        "Commit what grew once a frame, and the first words of a reply at once. A disk that fails is tried again."
+        committed = 0.0
         while True:
             await self.grew.wait()
+            if (early := committed + 0.8 * self.settings.frame_seconds - time.monotonic()) > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(early): await self.began.wait()
             self.grew.clear()
+            self.began.clear()
+            committed = time.monotonic()
             try: await self._commit([turn for turn in self.running.values() if turn.unsaved or turn.end])
             except Unusable as error:
                 for turn in self.running.values(): turn.show(f'Not saved yet: {error}. Trying again.')
                 await asyncio.sleep(1)
                 self.grew.set()
-            await asyncio.sleep(until(self.settings.frame_seconds, 0.25))
 
     async def _commit(self, turns):
         batch = [(turn, len(turn.unsaved), ''.join(turn.unsaved), turn.end) for turn in turns]
