@@ -911,7 +911,8 @@ def plain(text: str) -> str:
 # %%
 ENDS = {'stopped': 'Stopped.', 'interrupted': 'Interrupted.', 'failed': 'No answer.'}
 ICONS = {'sidebar': 'M4 5h16v14H4zM10 5v14', 'new': 'M12 5v14M5 12h14', 'send': 'M12 19V5M6 11l6-6 6 6',
-         'stop': 'M7 7h10v10H7z', 'end': 'M12 5v14M6 13l6 6 6-6', 'find': 'M11 18a7 7 0 1 1 0-14 7 7 0 0 1 0 14zM16 16l4 4',
+         'stop': 'M7 7h10v10H7z', 'end': 'M12 5v14M6 13l6 6 6-6',
+         'find': 'M11 18a7 7 0 1 1 0-14 7 7 0 0 1 0 14zM16 16l4 4',
          'save': 'M12 4v11M7 10l5 5 5-5M5 20h14', 'close': 'M6 6l12 12M18 6L6 18'}
 
 
@@ -979,8 +980,9 @@ def Reply(message, shown=None):
 def Transcript(path):
     "Messages in a row. What stands before them is loaded when the reader gets there; without the script, by a link."
     place = path and f'{show.to(conversation_id=path[0].conversation)}?before={path[0].idx}'
-    return (A('Earlier messages', id='earlier', cls='quiet', href=place, hx_get=place, hx_trigger='intersect once, click',
-              hx_swap='outerHTML') if path and path[0].idx else None, *map(Reply, path))
+    earlier = A('Earlier messages', id='earlier', cls='quiet', href=place, hx_get=place, hx_swap='outerHTML',
+                hx_trigger='intersect once, click')
+    return (earlier if path and path[0].idx else None, *map(Reply, path))
 
 
 # Frames are put together as text: a component per piece would cost more than everything else a piece does.
@@ -997,7 +999,7 @@ def Composer(typed='', notice=''):
         Label('Message', _for='message', cls='unseen'), Key(),
         Div(Textarea('\n' + typed, id='message', name='message', rows=1, placeholder='Ask Claude', autocomplete='off'),
             Button(Icon('send'), Unseen('Send'), cls='send round', title='Send (Enter)'),
-            Button(Icon('stop'), Unseen('Stop'), form='stop', cls='stop round', title='Stop (Esc)', formnovalidate=True,
+            Button(Icon('stop'), Unseen('Stop'), form='stop', cls='stop round', title='Stop (Esc)',
                    data_action='Stop the reply'), cls='field'),
         Button(Icon('end'), 'Jump to the end', type='button', id='jump', hidden=True, data_action='Jump to the end'),
         P(notice, id='notice', role='alert'),
@@ -1018,7 +1020,7 @@ def Empty(model):
            Li('Close the tab, lose the network, restart the server: no word is lost.'),
            Li('Everything stays in one file on your own disk, and no other site hears of it.')),
         P('The demo model answers, because no key is set. It does not think, but it streams: say ', B('slow'), ' or ',
-          B('long'), ' to it. Set ', Code('ANTHROPIC_API_KEY'), ' and start again to talk with Claude.' , cls='demo')
+          B('long'), ' to it. Set ', Code('ANTHROPIC_API_KEY'), ' and start again to talk with Claude.', cls='demo')
         if demo else P(f'{model} answers.', cls='demo'),
         Div(*[Form(Input(type='hidden', name='message', value=words),
                    Input(type='hidden', name='key', value=secrets.token_urlsafe(12)),
@@ -1038,15 +1040,15 @@ def LookForm(look, *content):
 
 def Sidebar(conversations, look, current=None):
     "The list of conversations: a column, or on a phone a popover, which needs no script to open."
-    themes = [Button(name.title(), name='theme', value=name, cls='quiet', aria_pressed=str(name == look['theme']).lower(),
-                     data_action=f'Theme: {name}') for name in ('auto', 'light', 'dark')]
+    themes = [Button(name.title(), name='theme', value=name, cls='quiet', data_action=f'Theme: {name}',
+                     aria_pressed=str(name == look['theme']).lower()) for name in ('auto', 'light', 'dark')]
     return Nav(A(Icon('new'), 'New conversation', href='/', cls='new', data_action='New conversation'),
                Button(Icon('find'), 'Find', Kbd('Ctrl K'), type='button', cls='find scripted', data_opens='palette'),
                Ul(*[ListItem(c, current) for c in conversations], id='conversations'),
                P('Nothing here yet. What you ask is listed here, newest first.', cls='none'),
                LookForm(look, Div(*themes, role='group', aria_label='Theme', cls='themes')),
-               Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys', data_action='Show the keys'),
-               id='sidebar', popover=True, aria_label='Conversations')
+               Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys',
+                      data_action='Show the keys'), id='sidebar', popover=True, aria_label='Conversations')
 
 
 def Heading(title, current=None, **attrs):
@@ -1072,10 +1074,10 @@ KEYS = [('Enter', 'send'), ('Shift Enter', 'a new line'), ('Esc', 'stop the repl
 
 def Dialogs():
     close = Form(Button(Icon('close'), Unseen('Close'), cls='round'), method='dialog')
-    return (Dialog(Input(id='query', role='combobox', placeholder='Find a conversation or an action', autocomplete='off',
-                         aria_label='Find a conversation or an action', aria_expanded='true', aria_controls='choices',
-                         aria_autocomplete='list'),
-                   Ul(id='choices', role='listbox', aria_label='Conversations and actions'), P('Nothing found.', cls='none'),
+    words = 'Find a conversation or an action'
+    query = Input(id='query', role='combobox', placeholder=words, aria_label=words, autocomplete='off',
+                  aria_expanded='true', aria_controls='choices', aria_autocomplete='list')
+    return (Dialog(query, Ul(id='choices', role='listbox', aria_label=words), P('Nothing found.', cls='none'),
                    id='palette', closedby='any', aria_label='Find'),
             Dialog(close, H2('Keys', id='keys-title'),
                    Dl(*[Div(Dt(Kbd(key)), Dd(what)) for key, what in KEYS]),
@@ -1124,14 +1126,14 @@ CSS = r'''
   --body: 1.0625rem; --small: .9375rem; --tiny: .8125rem; --column: 41rem; --side: 17rem; --top: 3.25rem;
   --round: .5rem; --quick: 120ms ease-out;
 }
-[data-theme=light] { color-scheme: light; }
-[data-theme=dark] { color-scheme: dark; }
+[data-theme=light] { color-scheme: light; } [data-theme=dark] { color-scheme: dark; }
 
 /* Ground */
 *, ::before, ::after { box-sizing: border-box; }
 html { scrollbar-gutter: stable; text-size-adjust: 100%; }
 body { margin: 0; min-height: 100dvh; color: var(--ink); background: var(--page); font: var(--small)/1.5 var(--ui);
-  display: grid; grid-template: var(--top) 1fr / var(--side) minmax(0, 1fr); grid-template-areas: 'side bar' 'side main'; }
+  display: grid; grid-template: var(--top) 1fr / var(--side) minmax(0, 1fr);
+  grid-template-areas: 'side bar' 'side main'; }
 [data-sidebar=closed] body { grid-template-columns: 0 minmax(0, 1fr); }
 a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset: .2em; }
 button, input, textarea { font: inherit; color: inherit; }
@@ -1141,10 +1143,13 @@ svg { width: 1.25rem; height: 1.25rem; flex: none; fill: none; stroke: currentCo
   stroke-linecap: round; stroke-linejoin: round; }
 kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px solid var(--line); border-radius: .25rem;
   padding: 0 .3rem; white-space: nowrap; }
-.unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }
 .skip:focus { position: fixed; top: .5rem; left: .5rem; z-index: 9; padding: .5rem 1rem; background: var(--page); }
-.round { display: grid; place-items: center; width: 2.25rem; height: 2.25rem; padding: 0; border-radius: 50%; color: var(--soft); }
-.quiet { font-size: var(--tiny); color: var(--soft); padding: .125rem .5rem; border-radius: .375rem; text-decoration: none; }
+.round { display: grid; place-items: center; width: 2.25rem; height: 2.25rem; padding: 0; border-radius: 50%;
+  color: var(--soft); }
+.quiet { font-size: var(--tiny); color: var(--soft); padding: .125rem .5rem; border-radius: .375rem;
+  text-decoration: none; }
 :is(.round, .quiet, .find, nav a):hover { background: var(--card); color: var(--ink); }
 @media (scripting: none) { .scripted { display: none !important; } }
 
@@ -1152,8 +1157,10 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
 #bar { grid-area: bar; position: sticky; top: 0; z-index: 2; display: flex; align-items: center; gap: .25rem;
   padding: 0 .75rem; background: var(--page); color: var(--soft); }
 #heading { flex: 1; min-width: 0; display: flex; align-items: center; gap: .25rem; padding-left: .25rem; }
-#heading h1 { margin: 0; font-size: var(--tiny); font-weight: 500; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.tag { font-size: var(--tiny); border: 1px solid var(--line); border-radius: 1rem; padding: 0 .625rem; white-space: nowrap; }
+#heading h1 { margin: 0; font-size: var(--tiny); font-weight: 500; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.tag { font-size: var(--tiny); border: 1px solid var(--line); border-radius: 1rem; padding: 0 .625rem;
+  white-space: nowrap; }
 .narrow { display: none; }
 
 /* Sidebar */
@@ -1168,11 +1175,11 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
   border-top: 1px solid var(--line); scrollbar-width: thin; }
 #sidebar li a { display: block; line-height: 1.625rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #sidebar li [aria-current] { background: var(--card); font-weight: 550; }
-#conversations:empty { flex: 0; padding: 0; }
-#conversations:empty + .none { flex: 1; }
+#conversations:empty { flex: 0; padding: 0; } #conversations:empty + .none { flex: 1; }
 .none { margin: 0; padding: 1rem .625rem; }
 :not(:empty) + .none { display: none; }
-.themes { display: flex; gap: .125rem; padding-top: .5rem; border-top: 1px solid var(--line); margin: 0 -.75rem; padding-inline: .75rem; }
+.themes { display: flex; gap: .125rem; padding-top: .5rem; border-top: 1px solid var(--line); margin: 0 -.75rem;
+  padding-inline: .75rem; }
 .themes button { flex: 1; min-height: 1.75rem; }
 .themes [aria-pressed=true] { background: var(--card); color: var(--ink); }
 #sidebar > .quiet { text-align: left; min-height: 1.75rem; }
@@ -1192,48 +1199,57 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .actions { display: flex; align-items: center; gap: .5rem; min-height: 1.75rem; margin-left: -.5rem; color: var(--soft);
   font-size: var(--tiny); opacity: 0; transition: opacity var(--quick); }
 .message:is(:hover, :focus-within) .actions { opacity: 1; }
-.state { color: var(--soft); font-family: var(--ui); display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; }
+.state { color: var(--soft); font-family: var(--ui); display: flex; flex-wrap: wrap; align-items: center;
+  gap: .25rem .75rem; }
 .state p { margin: .5rem 0; padding-left: .75rem; border-left: 2px solid var(--accent); }
 .state .quiet { border: 1px solid var(--edge); color: var(--ink); padding: .25rem .75rem; }
 .state #stop { display: none; }
 @media (scripting: none) { .state #stop { display: block; } }
 .message:not(:last-of-type) .retry { display: none; }
 /* at work: a quiet pulse, then a caret where the text ends */
-[data-status=streaming] .content:empty::after { content: 'Claude is thinking'; color: var(--soft); font: var(--small)/1.6 var(--ui);
+[data-status=streaming] .content:empty::after { content: 'Claude is thinking'; color: var(--soft);
+  font: var(--small)/1.6 var(--ui);
   animation: pulse 1.6s ease-in-out infinite alternate; }
-[data-status=streaming] :is(.end, .content:not(:empty, :has(> *)))::after { content: ''; border-left: .15em solid var(--accent);
-  margin-left: .15em; padding-block: .1em; }
+[data-status=streaming] :is(.end, .content:not(:empty, :has(> *)))::after { content: '';
+  border-left: .15em solid var(--accent);
+  margin-left: .15em; font-size: .8em; }
 @keyframes pulse { from { opacity: .55; } }
 
 /* Words: what Markdown becomes */
 .content:has(> *) { white-space: normal; }
+.content :where(p, ul, ol, blockquote, figure, div, details) { margin: 0 0 1rem; }
+.content :where(h1, h2, h3, h4, h5, h6) { margin: 1.75rem 0 .5rem; }
 .content > :first-child { margin-top: 0; }
 .content > :last-child { margin-bottom: 0; }
-.content :is(p, ul, ol, blockquote, figure, .table, .math, details) { margin: 0 0 1rem; }
-.content :is(h1, h2, h3, h4, h5, h6) { margin: 1.75rem 0 .5rem; font-family: var(--ui); font-weight: 650; line-height: 1.3; }
-.content h1 { font-size: 1.53rem; } .content h2 { font-size: 1.275rem; } .content :is(h3, h4, h5, h6) { font-size: 1.0625rem; }
-.content :is(ul, ol) { padding-left: 1.5rem; } .content li > :is(ul, ol, p) { margin-bottom: .375rem; }
+.content :is(h1, h2, h3, h4, h5, h6) { font-family: var(--ui); font-weight: 650; line-height: 1.3; }
+.content h1 { font-size: 1.53rem; } .content h2 { font-size: 1.275rem; }
+.content :is(h3, h4, h5, h6) { font-size: 1.0625rem; }
+.content :is(ul, ol) { padding-left: 1.5rem; } .content li > :is(ul, ol, p) { margin: .25rem 0 0; }
 .content li { margin-bottom: .25rem; } .content li::marker { color: var(--soft); font-variant-numeric: tabular-nums; }
 .content .task { list-style: none; margin-left: -1.375rem; }
 .content blockquote { padding-left: 1rem; border-left: 2px solid var(--edge); color: var(--soft); }
 .content hr { border: 0; border-top: 1px solid var(--line); margin: 2rem 0; }
 .content code { font: .875em/1.5 var(--code); background: var(--card); border-radius: .25rem; padding: .1em .3em; }
 .content .code { border: 1px solid var(--line); border-radius: var(--round); overflow: hidden; }
-.code figcaption { display: flex; align-items: center; gap: .25rem; min-height: 2rem; padding: .125rem .375rem .125rem .875rem;
+.code figcaption { display: flex; align-items: center; gap: .25rem; min-height: 2rem;
+  padding: .125rem .375rem .125rem .875rem;
   color: var(--soft); font: var(--tiny)/1.5 var(--ui); background: var(--card); }
 .code figcaption > :first-of-type { margin-left: auto; }
 .code figcaption [aria-pressed=true] { color: var(--accent); }
-.code pre { margin: 0; padding: .75rem .875rem; overflow-x: auto; white-space: pre; tab-size: 4; outline-offset: -2px; }
-.code code { padding: 0; background: none; font-size: .8125rem; overflow-wrap: normal; }
+.code pre { margin: 0; padding: .75rem .875rem; overflow-x: auto; white-space: pre; tab-size: 4; outline-offset: -2px;
+  font: .8125rem/1.55 var(--code); }
+.code code { padding: 0; background: none; font: inherit; overflow-wrap: normal; }
 .code[data-wrap] :is(pre, code) { white-space: pre-wrap; overflow-wrap: anywhere; }
 .content .table { overflow-x: auto; }
-.content table { border-collapse: collapse; font: .9375rem/1.5 var(--ui); font-variant-numeric: lining-nums tabular-nums; }
+.content table { border-collapse: collapse; font: .9375rem/1.5 var(--ui);
+  font-variant-numeric: lining-nums tabular-nums; }
 .content :is(th, td) { padding: .4rem 1.25rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
   vertical-align: top; overflow-wrap: normal; min-width: 4rem; }
 .content th { border-bottom-color: var(--edge); font-weight: 650; }
 .content .right { text-align: right; } .content .center { text-align: center; }
 .content .math { overflow-x: auto; overflow-y: hidden; text-align: center; } .content math { font-size: 1.08em; }
-.content .image { display: inline-block; padding: .25rem .75rem; border: 1px dashed var(--edge); border-radius: var(--round);
+.content .image { display: inline-block; padding: .25rem .75rem; border: 1px dashed var(--edge);
+  border-radius: var(--round);
   font: var(--small)/1.6 var(--ui); color: var(--accent); cursor: pointer; text-decoration: none; }
 .host { color: var(--soft); font-size: .875em; }
 .content :is(sup, sub) { line-height: 0; font-size: .75em; }
@@ -1241,12 +1257,15 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .content summary { cursor: pointer; color: var(--soft); border-radius: .25rem; }
 
 /* Composer */
-#composer { position: sticky; bottom: 0; z-index: 1; padding: 0 0 max(.5rem, env(safe-area-inset-bottom)); background: var(--page);
+#composer { position: sticky; bottom: 0; z-index: 1; padding: 0 0 max(.5rem, env(safe-area-inset-bottom));
+  background: var(--page);
   box-shadow: 0 -.75rem .75rem var(--page); }
-.field { display: flex; align-items: end; gap: .25rem; padding: .25rem; border: 1px solid var(--edge); border-radius: 1.375rem;
+.field { display: flex; align-items: end; gap: .25rem; padding: .25rem; border: 1px solid var(--edge);
+  border-radius: 1.375rem;
   transition: border-color var(--quick), background-color var(--quick); }
-.field:focus-within { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); background: var(--card); }
-#message { flex: 1; min-width: 0; padding: .375rem .75rem; border: 0; outline: 0; resize: none; max-height: 40dvh; background: none;
+.field:focus-within { border-color: var(--accent); background: var(--card); }
+#message { flex: 1; min-width: 0; padding: .375rem .75rem; border: 0; outline: 0; resize: none; max-height: 40dvh;
+  background: none;
   font: 1rem/1.5 var(--ui); field-sizing: content; }
 ::placeholder { color: var(--soft); opacity: 1; }
 .send, .stop, :is(.send, .stop):hover { color: var(--on-accent); background: var(--accent); }
@@ -1254,12 +1273,15 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 body:has(.message[data-status=streaming]) .stop { display: grid; }
 .stop svg { fill: currentColor; }
 #notice { margin: .375rem .75rem 0; color: var(--accent); } #notice:empty { display: none; }
-.under { display: flex; justify-content: space-between; gap: 1rem; min-height: 1.25rem; margin: .25rem .75rem 0; font-size: var(--tiny);
+.under { display: flex; justify-content: space-between; gap: 1rem; min-height: 1.25rem; margin: .25rem .75rem 0;
+  font-size: var(--tiny);
   color: var(--soft); }
 .under p { margin: 0; } .hint { opacity: 0; transition: opacity var(--quick); }
 .field:focus-within ~ .under .hint { opacity: 1; }
-#jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex; align-items: center; gap: .375rem;
-  padding: .25rem .875rem .25rem .625rem; border: 1px solid var(--edge); border-radius: 2rem; background: var(--page); white-space: nowrap; }
+#jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
+  align-items: center; gap: .375rem;
+  padding: .25rem .875rem .25rem .625rem; border: 1px solid var(--edge); border-radius: 2rem; background: var(--page);
+  white-space: nowrap; }
 #jump[hidden] { display: none; }
 
 /* First visit */
@@ -1267,27 +1289,34 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 #empty h2 { margin: 0 0 1rem; font: 500 1.85rem/1.2 var(--read); text-wrap: balance; }
 #empty ul { margin: 0 0 1.25rem; padding: 0; list-style: none; font: var(--body)/1.6 var(--read); }
 .demo { margin: 0 0 2rem; color: var(--soft); } .demo code { font: .875em var(--code); } .demo b { color: var(--ink); }
+.examples form { display: grid; }
 .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 2rem; }
-.examples button { width: 100%; min-height: 3.5rem; padding: .625rem 0; border-top: 1px solid var(--line); border-radius: 0; text-align: left; }
+.examples button { width: 100%; min-height: 3.5rem; padding: .625rem 0; border-top: 1px solid var(--line);
+  border-radius: 0; text-align: left; }
 .examples button:hover { color: var(--accent); }
 
 /* Dialogs */
-dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh auto auto; padding: 0; color: var(--ink);
+dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh auto auto; padding: 0;
+  color: var(--ink);
   background: var(--page); border: 1px solid var(--edge); border-radius: .875rem; }
 ::backdrop { background: var(--shade); }
 #query { width: 100%; padding: .875rem 1.25rem; border: 0; outline: 0; background: none; font-size: 1rem; }
-#choices { margin: 0; padding: .375rem; list-style: none; max-height: 55dvh; overflow-y: auto; border-top: 1px solid var(--line); }
-#choices:empty { padding: 0; }
-#choices li { display: flex; justify-content: space-between; gap: 1rem; padding: .5rem .875rem; border-radius: var(--round); cursor: pointer; }
+#choices { margin: 0; padding: .375rem; list-style: none; max-height: 55dvh; overflow-y: auto;
+  border-top: 1px solid var(--line); }
+#choices li { display: flex; justify-content: space-between; gap: 1rem; padding: .5rem .875rem;
+  border-radius: var(--round); cursor: pointer; }
 #choices [aria-selected=true] { background: var(--card); box-shadow: inset 2px 0 var(--accent); }
-#choices small { color: var(--soft); }
-#keys { padding: 1.25rem 1.5rem; width: min(26rem, calc(100vw - 2rem)); } #keys form { float: right; margin: -.375rem -.75rem; }
+#choices li::after { content: attr(data-kind); color: var(--soft); font-size: var(--tiny); }
+#keys { padding: 1.25rem 1.5rem; width: min(26rem, calc(100vw - 2rem)); } #keys form { float: right;
+  margin: -.375rem -.75rem; }
 #keys h2 { margin: 0 0 .75rem; font-size: 1.0625rem; } #keys dl { margin: 0; }
-#keys dl div { display: flex; justify-content: space-between; padding: .375rem 0; border-top: 1px solid var(--line); } #keys dd { margin: 0; }
+#keys dl div { display: flex; justify-content: space-between; padding: .375rem 0; border-top: 1px solid var(--line); }
+#keys dd { margin: 0; }
 
 /* Other circumstances */
 @media (max-width: 48rem) {
-  body, [data-sidebar=closed] body { grid-template: var(--top) 1fr / minmax(0, 1fr); grid-template-areas: 'bar' 'main'; }
+  body, [data-sidebar=closed] body { grid-template: var(--top) 1fr / minmax(0, 1fr);
+  grid-template-areas: 'bar' 'main'; }
   .narrow { display: grid; } .wide, .hint { display: none; }
   #sidebar { position: fixed; width: min(20rem, 85vw); }
   #sidebar:not(:popover-open) { display: none; }
@@ -1297,17 +1326,20 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
 @media (pointer: coarse) {
   :root { --top: 3.5rem; }
   .round { width: 2.75rem; height: 2.75rem; }
-  #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem; align-content: center; }
-  #message { padding-block: .625rem; }
+  #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
+  align-content: center; }
+  #message { padding-block: .625rem; } .find kbd { display: none; }
 }
-@media (prefers-reduced-motion: reduce) { *, ::before, ::after { animation: none !important; transition: none !important; } }
+@media (prefers-reduced-motion: reduce) { *, ::before, ::after { animation: none !important;
+  transition: none !important; } }
 @media (forced-colors: active) {
   [data-role=user] .content, [aria-current], [aria-pressed=true] { border: 1px solid; }
   #choices [aria-selected=true] { outline: 2px solid; }
 }
 @media print {
   #sidebar, #bar .round, .tag, #composer, .actions, .code figcaption button, #earlier { display: none !important; }
-  :root { color-scheme: light; --page: #fff; } body { display: block; } .code pre { white-space: pre-wrap; } .code { break-inside: avoid; }
+  :root { color-scheme: light; --page: #fff; } body { display: block; } .code pre { white-space: pre-wrap; }
+.code { break-inside: avoid; }
 }
 '''
 
@@ -1315,7 +1347,7 @@ JS = r'''
 'use strict';
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
-const on = (name, act, options) => document.addEventListener(name, act, options);
+const on = (name, act, how) => document.addEventListener(name, act, how);
 const say = text => { $('#link').textContent = text; };
 const announce = text => { $('#said').textContent = text; };
 
@@ -1345,7 +1377,7 @@ function finish(bubble) {
   over(bubble);
 }
 
-function over(bubble) { // said once, however the end was heard of; seen in the tab's title and icon until it is looked at
+function over(bubble) { // said once, however the end was heard of; a hidden tab shows it in title and icon
   const { status } = bubble.dataset;
   dress(bubble);
   say(status === 'done' ? 'finished' : status);
@@ -1388,27 +1420,30 @@ on('visibilitychange', () => { if (!document.hidden) { news(false); wake(); } })
 addEventListener('online', wake);
 addEventListener('pageshow', e => { if (e.persisted) location.reload(); });
 
-// The reader's place, decided here only. The end is followed while it is in view; else what the reader sees stays where
-// it is, also when older messages come in above, after a reload, and on the way back.
+// The reader's place, decided here only. The end is followed while it is in view; else what is seen stays where it is,
+// also when older messages come in above, after a reload, and on the way back.
 const page = document.scrollingElement, messages = $('#messages'), jump = $('#jump');
 let pinned = true, last = 0, below = null;
 const atEnd = () => page.scrollHeight - page.scrollTop - page.clientHeight < 40;
 const toEnd = () => { pinned = true; page.scrollTop = page.scrollHeight; };
 const place = () => 'place:' + location.pathname;
-on('scroll', () => {
+function moved() {
   pinned = page.scrollTop >= last ? pinned || atEnd() : atEnd();
   last = page.scrollTop;
   jump.hidden = pinned || atEnd();
-});
-const settle = () => {
+}
+function grown() {
   if (below !== null) page.scrollTop = page.scrollHeight - below;
   else if (pinned) toEnd();
   below = null;
-  jump.hidden = pinned || atEnd();
-};
-new ResizeObserver(settle).observe(messages);
-addEventListener('resize', settle);
-on('htmx:beforeSwap', e => { if (e.detail.target.id === 'earlier' && !pinned) below = page.scrollHeight - page.scrollTop; });
+  moved();
+}
+on('scroll', moved);
+addEventListener('resize', grown);
+new ResizeObserver(grown).observe(messages);
+on('htmx:beforeSwap', e => {
+  if (e.detail.target.id === 'earlier' && !pinned) below = page.scrollHeight - page.scrollTop;
+});
 addEventListener('pagehide', () => {
   const seen = $$('.message').find(m => m.getBoundingClientRect().bottom > 60);
   if (pinned || !seen) sessionStorage.removeItem(place());
@@ -1426,8 +1461,8 @@ history.scrollRestoration = 'manual';
 function dress(root) {
   for (const code of $$('figure.code', root)) {
     if ($('button', code) || $('.end', code)) continue;
-    $('figcaption', code).insertAdjacentHTML('beforeend', `<button class="quiet" data-wrap aria-pressed="false">Wrap</button>
-      <button class="quiet" data-copy>Copy<span class="unseen"> this code</span></button>`);
+    $('figcaption', code).insertAdjacentHTML('beforeend', `
+      <button class=quiet data-wrap aria-pressed=false>Wrap</button><button class=quiet data-copy>Copy<span class=unseen> this code</span></button>`);
   }
   for (const time of $$('time:not([title])', root)) {
     time.title = time.textContent;
@@ -1435,9 +1470,8 @@ function dress(root) {
   }
   for (const image of $$('.image[data-src]', root)) Object.assign(image, { role: 'link', tabIndex: 0 });
 }
-new MutationObserver(changes => {
-  for (const { addedNodes } of changes) for (const node of addedNodes) if (node.nodeType === 1) dress(node.parentNode || node);
-}).observe(messages, { childList: true, subtree: true });
+new MutationObserver(changes => new Set(changes.map(change => change.target)).forEach(dress))
+  .observe(messages, { childList: true, subtree: true });
 
 async function copy(text, control) { // `text` may be on its way: Safari wants the clipboard asked within the click
   const type = 'text/plain', blob = Promise.resolve(text).then(text => new Blob([text], { type }));
@@ -1459,7 +1493,8 @@ on('click', e => {
   const control = e.target.closest('button, a, .image');
   if (control?.matches('a.copy')) { e.preventDefault(); copy(written(control), control); }
   else if (control?.matches('[data-copy]')) copy($('code', control.closest('figure')).textContent, control);
-  else if (control?.matches('[data-wrap]')) control.ariaPressed = control.closest('figure').toggleAttribute('data-wrap');
+  else if (control?.matches('[data-wrap]'))
+    control.ariaPressed = control.closest('figure').toggleAttribute('data-wrap');
   else if (control?.matches('.image[data-src]')) open(control.dataset.src, '_blank', 'noopener,noreferrer');
   else if (control?.matches('[data-opens]')) show(control.dataset.opens);
   else if (control === jump) toEnd();
@@ -1472,7 +1507,8 @@ on('submit', e => {
   const { name, value } = e.submitter, root = document.documentElement;
   root.dataset[name] = value;
   document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=lax`;
-  if (name === 'sidebar') Object.assign(e.submitter, { value: value === 'open' ? 'closed' : 'open', ariaExpanded: value === 'open' });
+  const open = value === 'open';
+  if (name === 'sidebar') Object.assign(e.submitter, { value: open ? 'closed' : 'open', ariaExpanded: open });
   else for (const button of $$('[name=theme]')) button.ariaPressed = button === e.submitter;
   for (const meta of $$('meta[name=theme-color]')) meta.content = getComputedStyle(document.body).backgroundColor;
 });
@@ -1481,7 +1517,8 @@ on('submit', e => {
 const composer = $('#composer'), box = $('#message');
 const draft = () => 'draft:' + location.pathname;
 let sent = null;
-const grow = () => { if (!CSS.supports('field-sizing: content')) box.rows = Math.min(12, box.value.split('\n').length); };
+const sized = CSS.supports('field-sizing: content');
+const grow = () => { if (!sized) box.rows = Math.min(12, box.value.split('\n').length); };
 const write = text => { box.value = text; grow(); };
 if (!box.value) write(localStorage.getItem(draft()) || '');
 box.addEventListener('input', () => {
@@ -1531,47 +1568,44 @@ function emptied() {
 }
 
 // The palette: every link of the sidebar and every control that names its action, found by words.
-const query = $('#query'), choices = $('#choices');
-let found = [];
+const query = $('#query'), choices = $('#choices'), picked = () => $('[aria-selected=true]', choices);
 const bare = text => text.normalize('NFD').replace(/\p{M}/gu, '').toLowerCase();
+const usable = el => !el.matches('.stop, .retry *, #jump') || el.checkVisibility();
 function show(id) {
   if ($('dialog[open]')) return;
-  query.value = '';
   $('#' + id).showModal();
-  if (id === 'palette') find();
+  if (id === 'palette') find(query.value = '');
 }
 function find() {
   const words = bare(query.value).split(/\s+/);
-  found = [...$$('#conversations a').map(el => [el.textContent, 'Conversation', el]),
-    ...$$('[data-action]').filter(el => !el.matches('.stop, .retry *, #jump') || el.checkVisibility())
-      .map(el => [el.dataset.action, 'Action', el])].filter(([name]) => words.every(word => bare(name).includes(word)));
-  choices.replaceChildren(...found.map(([name, kind], n) => {
-    const option = Object.assign(document.createElement('li'), { id: 'choice-' + n, role: 'option' });
-    option.append(name, Object.assign(document.createElement('small'), { textContent: kind }));
-    return option;
+  const all = [...$$('#conversations a').map(el => [el, el.textContent, 'Conversation']),
+    ...$$('[data-action]').filter(usable).map(el => [el, el.dataset.action, 'Action'])];
+  const found = all.filter(([, name]) => words.every(word => bare(name).includes(word)));
+  choices.replaceChildren(...found.map(([el, name, kind], n) => {
+    const option = document.createElement('li');
+    option.dataset.kind = kind;
+    return Object.assign(option, { id: 'choice-' + n, role: 'option', textContent: name, act: () => el.click() });
   }));
-  pick(0);
+  pick(choices.firstChild);
 }
-function pick(n) {
-  choices.children[query.picked]?.setAttribute('aria-selected', 'false');
-  query.picked = found.length && (n + found.length) % found.length;
-  const option = choices.children[query.picked];
-  option?.setAttribute('aria-selected', 'true');
-  option?.scrollIntoView({ block: 'nearest' });
+function pick(option) {
+  for (const each of choices.children) each.ariaSelected = each === option;
   query.setAttribute('aria-activedescendant', option?.id || '');
+  option?.scrollIntoView({ block: 'nearest' });
 }
-function choose(n) {
+function choose(option) {
   $('#palette').close();
-  found[n]?.[2].click();
+  option?.act();
 }
 query.addEventListener('input', find);
 query.addEventListener('keydown', e => {
-  if (e.isComposing) return;
-  const step = { ArrowDown: 1, ArrowUp: -1 }[e.key];
-  if (step) { e.preventDefault(); pick(query.picked + step); }
-  if (e.key === 'Enter') { e.preventDefault(); choose(query.picked); }
+  if (e.isComposing || !['ArrowDown', 'ArrowUp', 'Enter'].includes(e.key)) return;
+  e.preventDefault();
+  if (e.key === 'Enter') choose(picked());
+  else if (e.key === 'ArrowDown') pick(picked()?.nextSibling || choices.firstChild);
+  else pick(picked()?.previousSibling || choices.lastChild);
 });
-choices.addEventListener('click', e => { if (e.target.closest('li')) choose($$('li', choices).indexOf(e.target.closest('li'))); });
+choices.addEventListener('click', e => choose(e.target.closest('li')));
 
 // Keys. Esc closes what is open before it stops a reply; a letter is a key only where nobody writes.
 on('keydown', e => {
@@ -1592,8 +1626,8 @@ if (matchMedia('(pointer: fine)').matches) box.focus({ preventScroll: true });
 arrive();
 '''
 
-ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" rx="14" fill="#a3451d"/><path
- fill="none" stroke="#fff" stroke-width="4" stroke-linecap="round" d="M20 22h24M20 32h24M20 42h13"/></svg>'''
+ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" rx="14" fill="#a3451d"/>
+<path fill="none" stroke="#fff" stroke-width="4" stroke-linecap="round" d="M20 22h24M20 32h24M20 42h13"/></svg>'''
 NEWS = ICON.replace('</svg>', '<circle cx="50" cy="14" r="13" fill="#e99c75" stroke="#1b1a18" stroke-width="3"/></svg>')
 WHOLE = ICON.replace(' rx="14"', '')  # a maskable icon fills its square; the drawing stays in the middle four fifths
 PAPER = {'light': '#fbfaf7', 'dark': '#1b1a18'}  # the page's colour for what stands around the page
@@ -1603,19 +1637,20 @@ PAPER = {'light': '#fbfaf7', 'dark': '#1b1a18'}  # the page's colour for what st
 def assets() -> dict[str, tuple[str, str, bytes]]:
     "File name → (its URL with a hash of the content, media type, content). htmx comes from the django-htmx package."
     folder = Path(importlib.util.find_spec('django_htmx').submodule_search_locations[0]) / 'static' / 'django_htmx'
-    files = {'htmx.js': (folder / 'htmx-2.min.js').read_text(), 'ws.js': (folder / 'ext' / 'hx-ws-2.min.js').read_text(),
-             'parley.js': JS, 'parley.css': CSS, 'icon.svg': ICON, 'news.svg': NEWS, 'whole.svg': WHOLE}
-    kinds = {'js': 'text/javascript', 'css': 'text/css', 'svg': 'image/svg+xml', 'webmanifest': 'application/manifest+json'}
+    files = {'htmx.js': (folder / 'htmx-2.min.js').read_text(),
+             'ws.js': (folder / 'ext' / 'hx-ws-2.min.js').read_text(), 'parley.js': JS, 'parley.css': CSS, 'icon.svg': ICON, 'news.svg': NEWS, 'whole.svg': WHOLE}
+    kinds = {'js': 'text/javascript', 'css': 'text/css', 'svg': 'image/svg+xml',
+             'webmanifest': 'application/manifest+json'}
 
     def made(name, text):
         url = f'/assets/{hashlib.sha256(text.encode()).hexdigest()[:12]}-{name}'
         return url, kinds[name.rpartition('.')[2]], text.encode()
-    made_files = {name: made(name, text) for name, text in files.items()}
-    icons = [{'src': made_files[name][0], 'sizes': 'any', 'type': 'image/svg+xml', 'purpose': purpose}
+    found = {name: made(name, text) for name, text in files.items()}
+    icons = [{'src': found[name][0], 'sizes': 'any', 'type': 'image/svg+xml', 'purpose': purpose}
              for name, purpose in (('icon.svg', 'any'), ('whole.svg', 'maskable'))]
     manifest = {'name': 'Parley', 'id': '/', 'start_url': '/', 'scope': '/', 'display': 'standalone', 'icons': icons,
                 'background_color': PAPER['light'], 'theme_color': PAPER['light']}
-    return made_files | {'parley.webmanifest': made('parley.webmanifest', json.dumps(manifest))}
+    return found | {'parley.webmanifest': made('parley.webmanifest', json.dumps(manifest))}
 
 
 def asset(name): return assets()[name][0]
@@ -1718,7 +1753,8 @@ LOOKS = {'theme': ('auto', 'light', 'dark'), 'sidebar': ('open', 'closed')}  # t
 def look_of(req):
     "How this browser wants its pages, from its cookies, and `here`, the page to come back to after a change."
     said = {name: req.cookies.get(name) for name in LOOKS}
-    return {name: said[name] if said[name] in known else known[0] for name, known in LOOKS.items()} | {'here': req.url.path}
+    looks = {name: said[name] if said[name] in known else known[0] for name, known in LOOKS.items()}
+    return looks | {'here': req.url.path}
 
 
 async def page(req, title='Parley', *content, status=200, **more):
