@@ -222,7 +222,7 @@ def in_words():
 @contextlib.contextmanager
 def transaction(conn, durable=False):
     "One transaction. `durable` waits for the disk (FULL): a question survives a power cut, a frame a `kill -9`."
-    conn.execute(f'pragma synchronous = {"full" if durable else "normal"}')
+    if durable: conn.pragma('synchronous', 'full')
     conn.execute('begin immediate')
     try:
         yield
@@ -230,15 +230,16 @@ def transaction(conn, durable=False):
     except BaseException:
         if conn.in_transaction: conn.execute('rollback')
         raise
+    finally:
+        if durable: conn.pragma('synchronous', 'normal')
 
 
-def verb(thread, durable=False):
-    "Make a plain method (self, db, …) a coroutine that runs on the `reads` or the `writes` thread, in one transaction."
+def verb(thread, scope=lambda conn: contextlib.nullcontext()):
+    "Make a plain method (self, db, …) a coroutine that runs on the `reads` or the `writes` thread, within `scope`."
     def wrap(work):
         def run(self, args, kwargs):
             db = self.db[thread]
-            with in_words(), transaction(db.conn, durable) if thread == 'writes' else contextlib.nullcontext():
-                return work(self, db, *args, **kwargs)
+            with in_words(), scope(db.conn): return work(self, db, *args, **kwargs)
 
         @functools.wraps(work)
         async def call(self, *args, **kwargs):
@@ -247,7 +248,8 @@ def verb(thread, durable=False):
     return wrap
 
 
-reads, writes, writes_durably = verb('reads'), verb('writes'), verb('writes', durable=True)
+reads, writes = verb('reads'), verb('writes', transaction)
+writes_durably = verb('writes', functools.partial(transaction, durable=True))
 
 ENDLESS = 1 << 60  # deeper than any path
 # the text of a message, wherever it is kept at the moment
@@ -293,7 +295,9 @@ class Store:
         logging.getLogger('apsw').setLevel(logging.CRITICAL)  # it would print failing SQL
         new = not self.file.exists()
         self.db = {name: Database(apsw.Connection(str(self.file))) for name in self.threads}
-        for db in self.db.values(): db.conn.set_busy_timeout(5000)
+        for db in self.db.values():
+            db.conn.set_busy_timeout(5000)
+            db.conn.pragma('synchronous', 'normal')
         self.db['reads'].conn.pragma('query_only', True)
         for file in self.file.parent.glob(self.file.name + '*'): file.chmod(0o600)
         self._migrate(self.db['writes'], new)
@@ -394,11 +398,15 @@ class Store:
         question = leaf if leaf.role == 'user' else self._row(db, leaf.parent)
         return question, self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
 
-    @writes
+    @verb('writes')
     def save(self, db, pieces: list[Piece], ends: list[tuple[int, str, str]]):
-        "One frame: what all running replies said since the last one, and which of them ended: (id, status, note)."
-        db.conn.executemany('insert into piece values (?, ?, ?)', [(p.message, p.seq, p.text) for p in pieces])
-        for end in ends: self._end(db, *end)
+        """One frame: what all running replies said since the last one, and which of them ended: (id, status, note).
+        Nearly always it is one statement, which is a transaction of its own."""
+        with transaction(db.conn) if ends else contextlib.nullcontext():
+            if pieces:
+                db.conn.execute(f'insert into piece values {", ".join(["(?, ?, ?)"] * len(pieces))}',
+                                [value for piece in pieces for value in (piece.message, piece.seq, piece.text)])
+            for end in ends: self._end(db, *end)
 
     def _conversation(self, db, owner, conversation):
         rows = db.q('select * from conversation where id = ? and owner = ?', [conversation, owner])
@@ -504,6 +512,11 @@ def history(path: list[Message]) -> list[dict]:
     return turns
 
 
+def until(frame: float, phase: float) -> float:
+    "Seconds until the next frame has reached `phase` (0 to 1). Frames are cut by the clock, the same for everyone."
+    return ((phase - time.monotonic() / frame) % 1 or 1) * frame
+
+
 class EventLines:
     "The events of a `text/event-stream`, from bytes cut anywhere. Raises `Fault` for a line that never ends."
     def __init__(self): self.rest, self.data = b'', []
@@ -599,13 +612,27 @@ class Claude:
                     model=limits.model, max_tokens=limits.max_tokens, messages=turns, stream=True))
             if not response.headers.get('content-type', '').startswith('text/event-stream'): raise Fault(FOREIGN)
             lines, chunks, heard = EventLines(), response.iter_bytes(), clock()
+            pace = functools.partial(self._pace, response, stack)
             while True:
                 patience = min(limits.idle_seconds, heard + limits.stall_seconds - clock())
                 async with asyncio.timeout(patience): chunk = await anext(chunks, None)
                 if chunk is None: return
                 if events := lines.feed(chunk):
                     if any(event['type'] != 'ping' for event in events): heard = clock()
+                    if pace and any(event['type'] == 'content_block_delta' for event in events): pace = pace()
                     yield events
+
+    def _pace(self, response, stack):
+        """From here on read the socket once a frame, at its beginning: a burst is one wake-up then, and the kernel's
+        buffer holds the server back. The connection reads through its `network_stream`, so that is where to wait."""
+        if stream := response.http_response.extensions.get('network_stream'):
+            read = stream.read
+
+            async def paced(*args, **kwargs):
+                await asyncio.sleep(until(self.settings.frame_seconds, 0))
+                return await read(*args, **kwargs)
+            stream.read = paced
+            stack.callback(delattr, stream, 'read')
 
 
 KEY_REFUSED = 'The key was refused: set ANTHROPIC_API_KEY to one that is valid and start Parley again.'
@@ -718,8 +745,8 @@ if NOTEBOOK:
 #
 # A reply is a task of the server. It begins when the question is committed and goes on whoever watches. What Claude
 # says waits in memory for the next frame; one commit a frame serves all replies, and only what is committed is shown.
-# Time is cut in frames by the clock, so nothing has to be agreed: sockets to Claude are read in the first quarter of a
-# frame and left alone after it (a burst then is one wake-up), and what they brought is committed at the quarter's end.
+# Time is cut in frames by the clock, so nothing has to be agreed: sockets to Claude are read when a frame begins, and
+# what they brought is committed a quarter of a frame later.
 
 
 # %%
@@ -801,10 +828,9 @@ class Turns:
         turn.cancel(Ended('stopped'))
         await self._over([turn], 2)
 
-    async def close(self, drain: float):
-        "Let running replies end for `drain` seconds, save the rest as interrupted."
+    async def close(self):
+        "Take no more questions and save what runs as interrupted."
         self.closing = True
-        if drain: await self._over(list(self.running.values()), drain)
         for turn in self.running.values():
             turn.cancel(Ended('interrupted', 'Parley was stopped while this was being written.'))
         await self._over(list(self.running.values()), 2)
@@ -819,11 +845,11 @@ class Turns:
     def _start(self, reply):
         turn = self.running[reply.conversation] = Turn(reply)
         turn.task = asyncio.create_task(self._write(turn))
+        turn.task.add_done_callback(functools.partial(self._written, turn))
         self.keeper = self.keeper or asyncio.create_task(self._keep())
 
     async def _write(self, turn):
         "The one owner of a reply: hears Claude out, or as far as it goes."
-        end = Ended('failed', 'Parley failed; the log says more.')
         try:
             _, path = await self.store.path(turn.reply.owner, turn.reply.conversation)
             async with contextlib.aclosing(self.claude.reply(history(path))) as events:
@@ -831,30 +857,25 @@ class Turns:
                     match event:
                         case str(): await self._hear(turn, event)
                         case Waiting(seconds): turn.show(f'{BUSY}, trying again in {seconds:.0f} s')
-                        case Ended(): end = event
+                        case Ended(): turn.end = event
                     if turn.size >= self.settings.max_reply_chars:
-                        end = Ended('interrupted', 'The reply was cut: it is longer than MAX_REPLY_CHARS.')
+                        turn.end = Ended('interrupted', 'The reply was cut: it is longer than MAX_REPLY_CHARS.')
                         break
-        except asyncio.CancelledError: end = turn.cut_off
         except Exception as error:  # noqa: BLE001 whatever it is, the reply must end and the person be told
             log.error('a reply failed: %s', type(error).__name__)
-        finally:  # synchronous on purpose: a second cancel can not interrupt it
-            turn.end = end
-            self.grew.set()
+            turn.end = Ended('failed', 'Parley failed; the log says more.')
+
+    def _written(self, turn, task):
+        "However its task ended, even before it began, a reply has an end."
+        turn.end = turn.end or turn.cut_off
+        self.grew.set()
 
     async def _hear(self, turn, text):
         text = text[:self.settings.max_reply_chars - turn.size]
         turn.unsaved.append(text)
         turn.size += len(text)
         self.grew.set()
-        if self._phase() > 0.25: await asyncio.sleep(self._until(0))
         while len(turn.unsaved) > 250: await turn.changed.wait()  # the disk is slow: read no further
-
-    def _phase(self): return time.monotonic() / self.settings.frame_seconds % 1
-
-    def _until(self, phase):
-        "Seconds until the next frame has reached `phase` (0 to 1)."
-        return ((phase - self._phase()) % 1 or 1) * self.settings.frame_seconds
 
     async def _keep(self):
         "Commit what grew, at once if nothing did for a while, else once a frame. A disk that fails is tried again."
@@ -866,7 +887,7 @@ class Turns:
                 for turn in self.running.values(): turn.show(f'Not saved yet: {error}. Trying again.')
                 await asyncio.sleep(1)
                 self.grew.set()
-            await asyncio.sleep(self._until(0.25))
+            await asyncio.sleep(until(self.settings.frame_seconds, 0.25))
 
     async def _commit(self, turns):
         batch = [(turn, len(turn.unsaved), ''.join(turn.unsaved), turn.end) for turn in turns]
@@ -1961,7 +1982,7 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
 
     async def lifespan(app):
         yield
-        await turns.close(0)
+        await turns.close()
         await claude.sdk.close()
         store.close()
 
@@ -1979,8 +2000,10 @@ class Server(uvicorn.Server):
     "Drains before it closes its sockets: SIGTERM lets running replies end for a while, Ctrl-C does not wait."
     async def shutdown(self, sockets=None):
         here = self.config.app.state.parley
-        drain = here.settings.drain_seconds if signal.SIGTERM in self._captured_signals else 0
-        await here.turns.close(drain)
+        until = time.monotonic() + (here.settings.drain_seconds if signal.SIGTERM in self._captured_signals else 0)
+        here.turns.closing = True
+        while here.turns.running and time.monotonic() < until and not self.force_exit: await asyncio.sleep(0.05)
+        await here.turns.close()
         await super().shutdown(sockets)
 
 
