@@ -1203,7 +1203,7 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
   padding-inline: .75rem; }
 .themes button { flex: 1; min-height: 1.75rem; }
 .themes [aria-pressed=true] { background: var(--card); color: var(--ink); }
-#sidebar > .quiet { text-align: left; min-height: 1.75rem; }
+#sidebar > .quiet { text-align: left; padding-block: .25rem; }
 #sidebar > .quiet kbd { margin-left: .5rem; }
 @media (min-width: 48.01rem) { [data-sidebar=closed] #sidebar { display: none; } }
 
@@ -1297,8 +1297,8 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 .under { display: flex; justify-content: space-between; gap: 1rem; min-height: 1.25rem; margin: .25rem .75rem 0;
   font-size: var(--tiny);
   color: var(--soft); }
-.under p { margin: 0; } .hint { opacity: 0; transition: opacity var(--quick); }
-.field:focus-within ~ .under .hint { opacity: 1; }
+.under p { margin: 0; } .hint { visibility: hidden; }
+.field:focus-within ~ .under .hint { visibility: visible; }
 #jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
   align-items: center; gap: .375rem;
   padding: .25rem .875rem .25rem .625rem; border: 1px solid var(--edge); border-radius: 2rem; background: var(--page);
@@ -1483,7 +1483,8 @@ function dress(root) {
   for (const code of $$('figure.code', root)) {
     if ($('button', code) || $('.end', code)) continue;
     $('figcaption', code).insertAdjacentHTML('beforeend', `
-      <button class=quiet data-wrap aria-pressed=false>Wrap</button><button class=quiet data-copy>Copy<span class=unseen> this code</span></button>`);
+      <button class=quiet data-wrap aria-pressed=false>Wrap</button>
+      <button class=quiet data-copy>Copy<span class=unseen> this code</span></button>`);
   }
   for (const time of $$('time:not([title])', root)) {
     time.title = time.textContent;
@@ -1659,7 +1660,8 @@ def assets() -> dict[str, tuple[str, str, bytes]]:
     "File name → (its URL with a hash of the content, media type, content). htmx comes from the django-htmx package."
     folder = Path(importlib.util.find_spec('django_htmx').submodule_search_locations[0]) / 'static' / 'django_htmx'
     files = {'htmx.js': (folder / 'htmx-2.min.js').read_text(),
-             'ws.js': (folder / 'ext' / 'hx-ws-2.min.js').read_text(), 'parley.js': JS, 'parley.css': CSS, 'icon.svg': ICON, 'news.svg': NEWS, 'whole.svg': WHOLE}
+             'ws.js': (folder / 'ext' / 'hx-ws-2.min.js').read_text(),
+             'parley.js': JS, 'parley.css': CSS, 'icon.svg': ICON, 'news.svg': NEWS, 'whole.svg': WHOLE}
     kinds = {'js': 'text/javascript', 'css': 'text/css', 'svg': 'image/svg+xml',
              'webmanifest': 'application/manifest+json'}
 
