@@ -45,8 +45,9 @@ import httpx2
 import nh3
 import uvicorn
 from fastcore.xml import NotStr
-from fasthtml.components import (H1, H2, A, Article, Body, Button, Div, Footer, Form, Head, Header, Html, Input, Label,
-                                 Li, Link, Main, Meta, Nav, Noscript, P, Script, Textarea, Title, Ul, to_xml)
+from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Dialog, Div, Dl, Dt, Footer, Form, Head,
+                                 Header, Html, Input, Kbd, Label, Li, Link, Main, Meta, Nav, Noscript, P, Script,
+                                 Span, Textarea, Time, Title, Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
 from latex2mathml.converter import convert_to_element
@@ -263,13 +264,14 @@ def verb(thread, scope=lambda conn: contextlib.nullcontext()):
 reads, writes = verb('reads'), verb('writes', transaction)
 writes_durably = verb('writes', functools.partial(transaction, durable=True))
 
+ENDLESS = 1 << 60  # deeper than any path
 # the text of a message, wherever it is kept at the moment
 TEXT = "content || coalesce((select group_concat(text, '' order by seq) from piece where message = m.id), '')"
 PATH = f'''with recursive path(id) as (
     select leaf from conversation where id = :conversation and owner = :owner
     union all select m.parent from message m join path on m.id = path.id where m.idx > :first)
 select m.id, conversation, owner, parent, idx, role, {TEXT} as content, status, note, model, key, created, ended
-from message m join path on m.id = path.id order by idx'''
+from message m join path on m.id = path.id where m.idx < :before order by idx'''
 
 
 def schema_1(db):
@@ -373,9 +375,12 @@ class Store:
         return [Conversation(**row) for row in rows]
 
     @reads
-    def path(self, db, owner, conversation, first=0) -> tuple[Conversation, list[Message]]:
-        "A conversation and the messages of its current path, from depth `first` on. Raises `Refused` 404."
-        return self._conversation(db, owner, conversation), self._path(db, owner, conversation, first)
+    def path(self, db, owner, conversation, first=0, before=ENDLESS, last=None) -> tuple[Conversation, list[Message]]:
+        """A conversation and the messages of its current path, from depth `first` on and `before` a depth; of these
+        only the `last` so many. Raises `Refused` 404."""
+        found = self._conversation(db, owner, conversation)
+        if last: first = max(first, min(before, self._row(db, found.leaf).idx + 1) - last)
+        return found, self._path(db, owner, conversation, first, before)
 
     @reads
     def message(self, db, owner, conversation, idx) -> Message | None:
@@ -421,8 +426,9 @@ class Store:
         if not rows: raise Refused(404, 'There is no such conversation here.')
         return Conversation(**rows[0])
 
-    def _path(self, db, owner, conversation, first=0):
-        return [Message(**row) for row in db.q(PATH, dict(owner=owner, conversation=conversation, first=first))]
+    def _path(self, db, owner, conversation, first=0, before=ENDLESS):
+        values = dict(owner=owner, conversation=conversation, first=first, before=before)
+        return [Message(**row) for row in db.q(PATH, values)]
 
     def _row(self, db, id): return Message(**db.q('select * from message where id = ?', [id])[0])
 
@@ -1659,6 +1665,14 @@ if NOTEBOOK:
 
 # %%
 ENDS = {'stopped': 'Stopped.', 'interrupted': 'Interrupted.', 'failed': 'No answer.'}
+ICONS = {'sidebar': 'M4 5h16v14H4zM10 5v14', 'new': 'M12 5v14M5 12h14', 'send': 'M12 19V5M6 11l6-6 6 6',
+         'stop': 'M7 7h10v10H7z', 'end': 'M12 5v14M6 13l6 6 6-6',
+         'find': 'M11 18a7 7 0 1 1 0-14 7 7 0 0 1 0 14zM16 16l4 4',
+         'save': 'M12 4v11M7 10l5 5 5-5M5 20h14', 'close': 'M6 6l12 12M18 6L6 18'}
+
+
+def Icon(name): return NotStr(f'<svg viewBox="0 0 24 24" aria-hidden="true"><path d="{ICONS[name]}"/></svg>')
+def Unseen(words): return Span(words, cls='unseen')
 
 
 def State(message, notice=''):
@@ -1677,18 +1691,26 @@ def StopForm(message):
 
 def RetryForm(message):
     action = retry.to(conversation_id=message.conversation)
-    return Form(Button('Retry', cls='quiet'), cls='retry', method='post', action=action, hx_post=action,
-                hx_target=f'#msg-{message.idx}', hx_swap='outerHTML', hx_disabled_elt='find button')
+    return Form(Button('Retry', cls='quiet', data_action='Retry the last answer'), cls='retry', method='post',
+                action=action, hx_post=action, hx_target=f'#msg-{message.idx}', hx_swap='outerHTML',
+                hx_disabled_elt='find button')
+
+
+def Actions(message):
+    "What can be done with any message. The link leads to its exact Markdown; the script copies that instead."
+    when = time.strftime('%Y-%m-%dT%H:%MZ', time.gmtime(message.created))
+    return Div(A('Copy', Unseen(' this message as Markdown'), cls='copy quiet',
+                 href=as_written.to(conversation_id=message.conversation, idx=message.idx)),
+               Time(when.translate({84: ' ', 90: ' UTC'}), datetime=when), cls='actions')
 
 
 def Bubble(message, shown, notice='', **live):
     "A message. `shown` is its content as HTML; `live` are the attributes that keep it going while it is written."
-    who = 'You' if message.role == 'user' else 'Claude'
     return Article(
-        Header(H2(who)),
+        H2('You' if message.role == 'user' else 'Claude', cls='unseen'),
         Div(NotStr(shown), id=f'content-{message.idx}', cls='content',
             hx_disable=True),
-        State(message, notice), id=f'msg-{message.idx}', cls='message', data_role=message.role,
+        State(message, notice), Actions(message), id=f'msg-{message.idx}', cls='message', data_role=message.role,
         data_status=message.status, **live)
 
 
@@ -1708,6 +1730,14 @@ def Reply(message, shown):
     "A message as it is now: live while it is being written, plain when it is over."
     if message.status != RUNNING: return Bubble(message, shown)
     return streaming_message_bubble(message.idx, message.conversation, message, shown)
+
+
+def Transcript(path, bubbles):
+    "Messages in a row. What stands before them is loaded when the reader gets there; without the script, by a link."
+    place = path and f'{show.to(conversation_id=path[0].conversation)}?before={path[0].idx}'
+    earlier = A('Earlier messages', id='earlier', cls='quiet', href=place, hx_get=place, hx_swap='outerHTML',
+                hx_trigger='intersect once, click')
+    return (earlier if path and path[0].idx else None, *bubbles)
 
 
 # Frames are put together as text: a component per piece would cost more than everything else a piece does.
@@ -1801,16 +1831,35 @@ def Key(**attrs): return Input(type='hidden', id='key', name='key', value=secret
 def Composer(typed='', notice=''):
     "Where one writes. It posts to the page's own address, so a first question and a later one are the same form."
     return Form(
-        Label('Message', _for='message', cls='unseen'),
-        Textarea('\n' + typed, id='message', name='message', rows=1, placeholder='Ask Claude', autocomplete='off'),
-        Key(), Button('Send', cls='send'), Button('Stop', form='stop', cls='stop', formnovalidate=True),
-        P(notice, id='notice', role='alert'), P(id='link', role='status'),
+        Label('Message', _for='message', cls='unseen'), Key(),
+        Div(Textarea('\n' + typed, id='message', name='message', rows=1, placeholder='Ask Claude', autocomplete='off'),
+            Button(Icon('send'), Unseen('Send'), cls='send round', title='Send (Enter)'),
+            Button(Icon('stop'), Unseen('Stop'), form='stop', cls='stop round', title='Stop (Esc)',
+                   data_action='Stop the reply'), cls='field'),
+        Button(Icon('end'), 'Jump to the end', type='button', id='jump', hidden=True, data_action='Jump to the end'),
+        P(notice, id='notice', role='alert'),
+        Div(P(id='link'), P(Kbd('Enter'), ' sends, ', Kbd('Shift Enter'), ' breaks the line', cls='hint'), cls='under'),
         id='composer', method='post', hx_post='', hx_target='#messages', hx_swap='beforeend', hx_disabled_elt='.send')
 
 
-def Empty(demo):
-    return Div(H1('Parley'), P('A chat with Claude that keeps every word on your own disk.'),
-               P('The demo model answers: no key is set.', cls='demo') if demo else None, id='empty')
+EXAMPLES = ['What is recursion? Show me with a short Python function.', 'Compare tea and coffee in a small table.',
+            'Help me answer a difficult e-mail kindly and briefly.', 'Why is the sky blue? Give me the formula, too.']
+
+
+def Empty(model):
+    "The first page. An example is a form of its own, with a key, so that two clicks are one question."
+    demo = model == 'demo'
+    return Div(
+        H2('A quiet place to talk with Claude'),
+        Ul(Li('Ask anything. The answer is set in type here while it is being written.'),
+           Li('Close the tab, lose the network, restart the server: no word is lost.'),
+           Li('Everything stays in one file on your own disk, and no other site hears of it.')),
+        P('The demo model answers, because no key is set. It does not think, but it streams: say ', B('slow'), ' or ',
+          B('long'), ' to it. Set ', Code('ANTHROPIC_API_KEY'), ' and start again to talk with Claude.', cls='demo')
+        if demo else P(f'{model} answers.', cls='demo'),
+        Div(*[Form(Input(type='hidden', name='message', value=words),
+                   Input(type='hidden', name='key', value=secrets.token_urlsafe(12)),
+                   Button(words), method='post', action='/') for words in EXAMPLES], cls='examples'), id='empty')
 
 
 def ListItem(conversation, current=None):
@@ -1818,27 +1867,80 @@ def ListItem(conversation, current=None):
                 aria_current='page' if conversation.id == current else None))
 
 
-def Sidebar(conversations, current=None):
-    return Nav(A('New conversation', href='/', cls='new'),
-               Ul(*[ListItem(c, current) for c in conversations], id='conversations'), aria_label='Conversations')
+def LookForm(look, *content):
+    "A form that changes how the page looks. The script does it at once; without it, the server does."
+    return Form(*content, Input(type='hidden', name='back', value=look['here']), method='post',
+                action=remember.to(), cls='look')
 
 
-def Page(title, conversations, *content, current=None, running=False, typed='', notice=''):
-    "A whole page. Without JavaScript it loads itself again while a reply runs."
+def Sidebar(conversations, look, current=None):
+    "The list of conversations: a column, or on a phone a popover, which needs no script to open."
+    themes = [Button(name.title(), name='theme', value=name, cls='quiet', data_action=f'Theme: {name}',
+                     aria_pressed=str(name == look['theme']).lower()) for name in ('auto', 'light', 'dark')]
+    return Nav(A(Icon('new'), 'New conversation', href='/', cls='new', data_action='New conversation'),
+               Button(Icon('find'), 'Find', Kbd('Ctrl K'), type='button', cls='find scripted', data_opens='palette'),
+               Ul(*[ListItem(c, current) for c in conversations], id='conversations'),
+               P('Nothing here yet. What you ask is listed here, newest first.', cls='none'),
+               LookForm(look, Div(*themes, role='group', aria_label='Theme', cls='themes')),
+               Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys',
+                      data_action='Show the keys'), id='sidebar', popover=True, aria_label='Conversations')
+
+
+def Heading(title, current=None, **attrs):
+    save = current and A(Icon('save'), Unseen('Download as Markdown'), cls='round', title='Download as Markdown',
+                         href=as_markdown.to(conversation_id=current), data_action='Download as Markdown')
+    return Div(H1(title), save, id='heading', **attrs)
+
+
+def Bar(title, look, current=None, demo=False):
+    shown = look['sidebar'] == 'open'
+    return Header(
+        Button(Icon('sidebar'), Unseen('Conversations'), type='button', popovertarget='sidebar', cls='round narrow'),
+        LookForm(look, Button(Icon('sidebar'), Unseen('Sidebar'), name='sidebar', value='closed' if shown else 'open',
+                              cls='round wide', title='Sidebar', aria_controls='sidebar',
+                              aria_expanded=str(shown).lower(), data_action='Show or hide the sidebar')),
+        Heading(title, current), Span('Demo model', cls='tag') if demo else None,
+        A(Icon('new'), Unseen('New conversation'), href='/', cls='round', title='New conversation'), id='bar')
+
+
+KEYS = [('Enter', 'send'), ('Shift Enter', 'a new line'), ('Esc', 'stop the reply'), ('↑', 'your last question again'),
+        ('/', 'to the message box'), ('Ctrl K', 'find a conversation or an action'), ('?', 'these keys')]
+
+
+def Dialogs():
+    close = Form(Button(Icon('close'), Unseen('Close'), cls='round'), method='dialog')
+    words = 'Find a conversation or an action'
+    query = Input(id='query', role='combobox', placeholder=words, aria_label=words, autocomplete='off',
+                  aria_expanded='true', aria_controls='choices', aria_autocomplete='list')
+    return (Dialog(query, Ul(id='choices', role='listbox', aria_label=words), P('Nothing found.', cls='none'),
+                   id='palette', closedby='any', aria_label='Find'),
+            Dialog(close, H2('Keys', id='keys-title'),
+                   Dl(*[Div(Dt(Kbd(key)), Dd(what)) for key, what in KEYS]),
+                   id='keys', closedby='any', aria_labelledby='keys-title'))
+
+
+def Page(title, conversations, *content, look, current=None, running=False, demo=False, typed='', notice=''):
+    "A whole page. Without JavaScript it loads itself again while a reply runs. `look`: see `look_of`."
     config = {'includeIndicatorStyles': False, 'allowEval': False, 'allowScriptTags': False, 'historyCacheSize': 0,
               'refreshOnHistoryMiss': True, 'selfRequestsOnly': True, 'responseHandling': [
                   {'code': '204', 'swap': False}, {'code': '[23]..', 'swap': True},
                   {'code': '[45]..', 'swap': True, 'target': '#notice', 'swapOverride': 'innerHTML'}]}
     head = Head(
         Meta(charset='utf-8'), Title(title),
-        Meta(name='viewport', content='width=device-width, initial-scale=1, viewport-fit=cover'),
+        Meta(name='viewport', content='width=device-width, initial-scale=1, viewport-fit=cover, '
+                                      'interactive-widget=resizes-content'),
+        *[Meta(name='theme-color', content=PAPER.get(look['theme'], colour), media=f'(prefers-color-scheme: {scheme})')
+          for scheme, colour in PAPER.items()],
         Meta(name='color-scheme', content='light dark'), Meta(name='htmx-config', content=json.dumps(config)),
-        Link(rel='stylesheet', href=asset('parley.css')), Link(rel='icon', href=asset('icon.svg')),
+        Link(rel='stylesheet', href=asset('parley.css')), Link(rel='manifest', href=asset('parley.webmanifest')),
+        Link(rel='icon', href=asset('icon.svg'), data_news=asset('news.svg')),
         *[Script(src=asset(name), defer=True) for name in ('htmx.js', 'ws.js', 'parley.js')],
         Noscript(Meta(http_equiv='refresh', content='2')) if running else None)
     return Html(head, Body(
-        A('To the message box', href='#message', cls='skip'), Sidebar(conversations, current),
-        Main(Div(*content, id='messages'), Composer(typed, notice))), lang='en')
+        A('To the message box', href='#message', cls='skip unseen'), Bar(title, look, current, demo),
+        Sidebar(conversations, look, current), Main(Div(*content, id='messages'), Composer(typed, notice)),
+        *Dialogs(), P(id='said', role='status', cls='unseen')),
+        lang='en', data_theme=look['theme'], data_sidebar=look['sidebar'])
 
 
 # %% [markdown]
@@ -1848,69 +1950,251 @@ def Page(title, conversations, *content, current=None, running=False, typed='', 
 
 # %%
 CSS = r'''
-:root { --page: #fbfaf8; --ink: #1f1d1a; --soft: #6b665f; --line: #e4e0d9; --card: #f1eee8; --accent: #b4532a; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #1a1917; --ink: #e9e6e0; --soft: #a09a90; --line: #33312d; --card: #262421; --accent: #e08a5f; }
+/* Tokens. The type scale is 1.2 around the reading size; colours meet AA on page and card in both schemes. */
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#fbfaf7, #1b1a18); --card: light-dark(#f1eee7, #282623); --line: light-dark(#e4e0d7, #37342f);
+  --ink: light-dark(#25221e, #e6e2d9); --soft: light-dark(#66615a, #a8a298); --edge: light-dark(#928b81, #7b756c);
+  --accent: light-dark(#a3451d, #e99c75); --on-accent: light-dark(#fff, #1b1a18); --shade: light-dark(#25221e33, #0009);
+  --read: ui-serif, Charter, 'Bitstream Charter', 'Charis SIL', 'Sitka Text', Cambria, 'Source Serif 4', Georgia, serif;
+  --ui: system-ui, 'Inter', sans-serif; --code: ui-monospace, 'SF Mono', 'Cascadia Code', 'DejaVu Sans Mono', monospace;
+  --body: 1.0625rem; --small: .9375rem; --tiny: .8125rem; --column: 41rem; --side: 17rem; --top: 3.25rem;
+  --round: .5rem; --quick: 120ms ease-out;
 }
-* { box-sizing: border-box; }
-body { margin: 0; display: grid; grid-template-columns: 16rem 1fr; min-height: 100dvh; color: var(--ink);
-  background: var(--page); font: 1rem/1.6 system-ui, sans-serif; }
-nav { border-right: 1px solid var(--line); padding: 1rem; position: sticky; top: 0; height: 100dvh; overflow: auto; }
-nav ul { list-style: none; margin: 1rem 0; padding: 0; }
-nav a { display: block; padding: .35rem .5rem; border-radius: .4rem; color: inherit; text-decoration: none;
-  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-nav a:hover, nav a[aria-current] { background: var(--card); }
-nav .new { border: 1px solid var(--line); text-align: center; }
-main { display: flex; flex-direction: column; min-width: 0; width: min(46rem, 100%); margin: 0 auto; padding: 0 1rem; }
-#messages { flex: 1; padding: 1.5rem 0; }
-.message { margin: 0 0 1.5rem; }
-.message h2 { font-size: .8rem; color: var(--soft); margin: 0 0 .25rem; font-weight: 600; }
-.message[data-role=user] .content { background: var(--card); border-radius: .8rem; padding: .6rem .9rem; }
-.content { overflow-wrap: anywhere; }
-.said, .plain pre { white-space: pre-wrap; margin: 0; }
-.message[data-status=streaming] .content::after { content: '▍'; color: var(--accent); }
-.state { color: var(--soft); font-size: .9rem; }
-.state p { margin: .3rem 0; }
+[data-theme=light] { color-scheme: light; } [data-theme=dark] { color-scheme: dark; }
+
+/* Ground */
+*, ::before, ::after { box-sizing: border-box; }
+html { scrollbar-gutter: stable; text-size-adjust: 100%; }
+body { margin: 0; min-height: 100dvh; color: var(--ink); background: var(--page); font: var(--small)/1.5 var(--ui);
+  display: grid; grid-template: var(--top) 1fr / var(--side) minmax(0, 1fr);
+  grid-template-areas: 'side bar' 'side main'; }
+[data-sidebar=closed] body { grid-template-columns: 0 minmax(0, 1fr); }
+a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset: .2em; }
+button, input, textarea { font: inherit; color: inherit; }
+button { background: none; border: 0; border-radius: var(--round); padding: .375rem .625rem; cursor: pointer; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+svg { width: 1.25rem; height: 1.25rem; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
+  stroke-linecap: round; stroke-linejoin: round; }
+kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px solid var(--line); border-radius: .25rem;
+  padding: 0 .3rem; white-space: nowrap; }
+.unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }
+.skip:focus { position: fixed; top: .5rem; left: .5rem; z-index: 9; padding: .5rem 1rem; background: var(--page); }
+.round { display: grid; place-items: center; width: 2.25rem; height: 2.25rem; padding: 0; border-radius: 50%;
+  color: var(--soft); }
+.quiet { font-size: var(--tiny); color: var(--soft); padding: .125rem .5rem; border-radius: .375rem;
+  text-decoration: none; }
+:is(.round, .quiet, .find, nav a):hover { background: var(--card); color: var(--ink); }
+@media (scripting: none) { .scripted { display: none !important; } }
+
+/* Bar */
+#bar { grid-area: bar; position: sticky; top: 0; z-index: 2; display: flex; align-items: center; gap: .25rem;
+  padding: 0 .75rem; background: var(--page); color: var(--soft); }
+#heading { flex: 1; min-width: 0; display: flex; align-items: center; gap: .25rem; padding-left: .25rem; }
+#heading h1 { margin: 0; font-size: var(--tiny); font-weight: 500; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.tag { font-size: var(--tiny); border: 1px solid var(--line); border-radius: 1rem; padding: 0 .625rem;
+  white-space: nowrap; }
+.narrow { display: none; }
+
+/* Sidebar */
+#sidebar { grid-area: side; position: sticky; inset: 0 auto auto 0; display: flex; flex-direction: column; gap: .125rem;
+  width: auto; height: 100dvh; margin: 0; padding: .5rem .75rem .75rem; border: 0; border-right: 1px solid var(--line);
+  background: var(--page); color: var(--soft); overflow: hidden; }
+#sidebar:not(:hover, :focus-within) li a:not([aria-current]) { color: var(--soft); }
+#sidebar a, .find { display: flex; align-items: center; gap: .625rem; min-height: 2.125rem; padding: .25rem .625rem;
+  border-radius: var(--round); color: var(--ink); text-decoration: none; }
+.find kbd { margin-left: auto; }
+#conversations { flex: 1; margin: .75rem -.75rem 0; padding: .5rem .75rem; list-style: none; overflow-y: auto;
+  border-top: 1px solid var(--line); scrollbar-width: thin; }
+#sidebar li a { display: block; line-height: 1.625rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#sidebar li [aria-current] { background: var(--card); font-weight: 550; }
+#conversations:empty { flex: 0; padding: 0; } #conversations:empty + .none { flex: 1; }
+.none { margin: 0; padding: 1rem .625rem; }
+:not(:empty) + .none { display: none; }
+.themes { display: flex; gap: .125rem; padding-top: .5rem; border-top: 1px solid var(--line); margin: 0 -.75rem;
+  padding-inline: .75rem; }
+.themes button { flex: 1; min-height: 1.75rem; }
+.themes [aria-pressed=true] { background: var(--card); color: var(--ink); }
+#sidebar > .quiet { text-align: left; padding-block: .25rem; }
+#sidebar > .quiet kbd { margin-left: .5rem; }
+@media (min-width: 48.01rem) { [data-sidebar=closed] #sidebar { display: none; } }
+
+/* Messages */
+main { grid-area: main; display: flex; flex-direction: column; width: min(var(--column) + 2.5rem, 100%); min-width: 0;
+  margin: 0 auto; padding: 0 1.25rem; }
+#messages { flex: 1; padding: 1rem 0 1.5rem; overflow-anchor: none; }
+#earlier { display: block; text-align: center; padding: .75rem; }
+.message { margin-top: 1rem; scroll-margin-top: var(--top); }
+.message[data-role=user]:not(:first-of-type) { margin-top: 2.25rem; }
+.content { overflow-wrap: anywhere; font: var(--body)/1.6 var(--read); }
+.message[data-role=user] .content { width: fit-content; max-width: 100%; padding: .625rem 1rem; border-radius: .875rem;
+  background: var(--card); font: var(--small)/1.6 var(--ui); }
+.actions { display: flex; align-items: center; gap: .5rem; min-height: 1.75rem; margin-left: -.5rem; color: var(--soft);
+  font-size: var(--tiny); opacity: 0; transition: opacity var(--quick); }
+.message:is(:hover, :focus-within) .actions { opacity: 1; }
+.state { color: var(--soft); font-family: var(--ui); display: flex; flex-wrap: wrap; align-items: center;
+  gap: .25rem .75rem; }
+.state p { margin: .5rem 0; padding-left: .75rem; border-left: 2px solid var(--accent); }
+.state .quiet { border: 1px solid var(--edge); color: var(--ink); padding: .25rem .75rem; }
 .state #stop { display: none; }
 @media (scripting: none) { .state #stop { display: block; } }
 .message:not(:last-of-type) .retry { display: none; }
-.demo { color: var(--soft); font-size: .9rem; }
-#composer { position: sticky; bottom: 0; background: var(--page); padding: .5rem 0 max(.8rem, env(safe-area-inset-bottom));
-  display: grid; grid-template-columns: 1fr auto; gap: 0 .5rem; }
-#message { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: .8rem;
-  padding: .6rem .9rem; resize: none; max-height: 40dvh; field-sizing: content; }
-button { font: inherit; color: inherit; background: none; border: 1px solid var(--line); border-radius: .8rem;
-  padding: .5rem 1rem; cursor: pointer; }
-.send, .stop { background: var(--accent); border-color: var(--accent); color: var(--page); align-self: end; }
-.quiet { padding: .1rem .6rem; border-radius: .4rem; }
-.stop, body:has([data-status=streaming]) .send { display: none; }
-body:has([data-status=streaming]) .stop { display: block; }
-#notice, #link { grid-column: 1 / -1; margin: .2rem 0 0; font-size: .85rem; color: var(--soft); min-height: 1.3em; }
-#notice { color: var(--accent); }
-#notice:empty { display: none; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.unseen, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+/* at work: a quiet pulse, then a caret where the text ends */
+[data-status=streaming] .content:empty::after { content: 'Claude is thinking'; color: var(--soft);
+  font: var(--small)/1.6 var(--ui);
+  animation: pulse 1.6s ease-in-out infinite alternate; }
+[data-status=streaming] :is(.end, .content:not(:empty, :has(> *)))::after { content: '';
+  border-left: .15em solid var(--accent);
+  margin-left: .15em; font-size: .8em; }
+@keyframes pulse { from { opacity: .55; } }
+
+/* Words: what Markdown becomes */
+.content:has(> *) { white-space: normal; }
+.content :where(p, ul, ol, blockquote, figure, div, details) { margin: 0 0 1rem; }
+.content :where(h1, h2, h3, h4, h5, h6) { margin: 1.75rem 0 .5rem; }
+.content > :first-child { margin-top: 0; }
+.content > :last-child { margin-bottom: 0; }
+.content :is(h1, h2, h3, h4, h5, h6) { font-family: var(--ui); font-weight: 650; line-height: 1.3; }
+.content h1 { font-size: 1.53rem; } .content h2 { font-size: 1.275rem; }
+.content :is(h3, h4, h5, h6) { font-size: 1.0625rem; }
+.content :is(ul, ol) { padding-left: 1.5rem; } .content li > :is(ul, ol, p) { margin: .25rem 0 0; }
+.content li { margin-bottom: .25rem; } .content li::marker { color: var(--soft); font-variant-numeric: tabular-nums; }
+.content .task { list-style: none; margin-left: -1.375rem; }
+.content blockquote { padding-left: 1rem; border-left: 2px solid var(--edge); color: var(--soft); }
+.content hr { border: 0; border-top: 1px solid var(--line); margin: 2rem 0; }
+.content code { font: .875em/1.5 var(--code); background: var(--card); border-radius: .25rem; padding: .1em .3em; }
+.content .code { border: 1px solid var(--line); border-radius: var(--round); overflow: hidden; }
+.code figcaption { display: flex; align-items: center; gap: .25rem; min-height: 2rem;
+  padding: .125rem .375rem .125rem .875rem;
+  color: var(--soft); font: var(--tiny)/1.5 var(--ui); background: var(--card); }
+.code figcaption > :first-of-type { margin-left: auto; }
+.code figcaption [aria-pressed=true] { color: var(--accent); }
+.code pre { margin: 0; padding: .75rem .875rem; overflow-x: auto; white-space: pre; tab-size: 4; outline-offset: -2px;
+  font: .8125rem/1.55 var(--code); }
+.code code { padding: 0; background: none; font: inherit; overflow-wrap: normal; }
+.code[data-wrap] :is(pre, code) { white-space: pre-wrap; overflow-wrap: anywhere; }
+.content .table { overflow-x: auto; }
+.content table { border-collapse: collapse; font: .9375rem/1.5 var(--ui);
+  font-variant-numeric: lining-nums tabular-nums; }
+.content :is(th, td) { padding: .4rem 1.25rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top; overflow-wrap: normal; min-width: 4rem; }
+.content th { border-bottom-color: var(--edge); font-weight: 650; }
+.content .right { text-align: right; } .content .center { text-align: center; }
+.content .math { overflow-x: auto; overflow-y: hidden; text-align: center; } .content math { font-size: 1.08em; }
+.content .image { display: inline-block; padding: .25rem .75rem; border: 1px dashed var(--edge);
+  border-radius: var(--round);
+  font: var(--small)/1.6 var(--ui); color: var(--accent); cursor: pointer; text-decoration: none; }
+.host { color: var(--soft); font-size: .875em; }
+.content :is(sup, sub) { line-height: 0; font-size: .75em; }
+.content .notes { margin-top: 2rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: var(--small); }
+.content summary { cursor: pointer; color: var(--soft); border-radius: .25rem; }
+
+/* Composer */
+#composer { position: sticky; bottom: 0; z-index: 1; padding: 0 0 max(.5rem, env(safe-area-inset-bottom));
+  background: var(--page);
+  box-shadow: 0 -.75rem .75rem var(--page); }
+.field { display: flex; align-items: end; gap: .25rem; padding: .25rem; border: 1px solid var(--edge);
+  border-radius: 1.375rem;
+  transition: border-color var(--quick), background-color var(--quick); }
+.field:focus-within { border-color: var(--accent); background: var(--card); }
+#message { flex: 1; min-width: 0; padding: .375rem .75rem; border: 0; outline: 0; resize: none; max-height: 40dvh;
+  background: none;
+  font: 1rem/1.5 var(--ui); field-sizing: content; }
+::placeholder { color: var(--soft); opacity: 1; }
+.send, .stop, :is(.send, .stop):hover { color: var(--on-accent); background: var(--accent); }
+.stop, body:has(.message[data-status=streaming]) .send { display: none; }
+body:has(.message[data-status=streaming]) .stop { display: grid; }
+.stop svg { fill: currentColor; }
+#notice { margin: .375rem .75rem 0; color: var(--accent); } #notice:empty { display: none; }
+.under { display: flex; justify-content: space-between; gap: 1rem; min-height: 1.25rem; margin: .25rem .75rem 0;
+  font-size: var(--tiny);
+  color: var(--soft); }
+.under p { margin: 0; } .hint { visibility: hidden; }
+.field:focus-within ~ .under .hint { visibility: visible; }
+#jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
+  align-items: center; gap: .375rem;
+  padding: .25rem .875rem .25rem .625rem; border: 1px solid var(--edge); border-radius: 2rem; background: var(--page);
+  white-space: nowrap; }
+#jump[hidden] { display: none; }
+
+/* First visit */
+#empty { padding-top: min(12vh, 6rem); }
+#empty h2 { margin: 0 0 1rem; font: 500 1.85rem/1.2 var(--read); text-wrap: balance; }
+#empty ul { margin: 0 0 1.25rem; padding: 0; list-style: none; font: var(--body)/1.6 var(--read); }
+.demo { margin: 0 0 2rem; color: var(--soft); } .demo code { font: .875em var(--code); } .demo b { color: var(--ink); }
+.examples form { display: grid; }
+.examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 2rem; }
+.examples button { width: 100%; min-height: 3.5rem; padding: .625rem 0; border-top: 1px solid var(--line);
+  border-radius: 0; text-align: left; }
+.examples button:hover { color: var(--accent); }
+
+/* Dialogs */
+dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh auto auto; padding: 0;
+  color: var(--ink);
+  background: var(--page); border: 1px solid var(--edge); border-radius: .875rem; }
+::backdrop { background: var(--shade); }
+#query { width: 100%; padding: .875rem 1.25rem; border: 0; outline: 0; background: none; font-size: 1rem; }
+#choices { margin: 0; padding: .375rem; list-style: none; max-height: 55dvh; overflow-y: auto;
+  border-top: 1px solid var(--line); }
+#choices li { display: flex; justify-content: space-between; gap: 1rem; padding: .5rem .875rem;
+  border-radius: var(--round); cursor: pointer; }
+#choices [aria-selected=true] { background: var(--card); box-shadow: inset 2px 0 var(--accent); }
+#choices li::after { content: attr(data-kind); color: var(--soft); font-size: var(--tiny); }
+#keys { padding: 1.25rem 1.5rem; width: min(26rem, calc(100vw - 2rem)); } #keys form { float: right;
+  margin: -.375rem -.75rem; }
+#keys h2 { margin: 0 0 .75rem; font-size: 1.0625rem; } #keys dl { margin: 0; }
+#keys dl div { display: flex; justify-content: space-between; padding: .375rem 0; border-top: 1px solid var(--line); }
+#keys dd { margin: 0; }
+
+/* Other circumstances */
 @media (max-width: 48rem) {
-  body { display: block; }
-  nav { position: static; height: auto; border: 0; border-bottom: 1px solid var(--line); padding: .5rem 1rem;
-    max-height: 30dvh; }
-  main { min-height: 70dvh; }
+  body, [data-sidebar=closed] body { grid-template: var(--top) 1fr / minmax(0, 1fr);
+  grid-template-areas: 'bar' 'main'; }
+  .narrow { display: grid; } .wide, .hint { display: none; }
+  #sidebar { position: fixed; width: min(20rem, 85vw); }
+  #sidebar:not(:popover-open) { display: none; }
+  main { padding: 0 1rem; }
+}
+@media (hover: none) { .actions { opacity: 1; } }
+@media (pointer: coarse) {
+  :root { --top: 3.5rem; }
+  .round { width: 2.75rem; height: 2.75rem; }
+  #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
+  align-content: center; }
+  #message { padding-block: .625rem; } .find kbd { display: none; }
+}
+@media (prefers-reduced-motion: reduce) { *, ::before, ::after { animation: none !important;
+  transition: none !important; } }
+@media (forced-colors: active) {
+  [data-role=user] .content, [aria-current], [aria-pressed=true] { border: 1px solid; }
+  #choices [aria-selected=true] { outline: 2px solid; }
+}
+@media print {
+  #sidebar, #bar .round, .tag, #composer, .actions, .code figcaption button, #earlier { display: none !important; }
+  :root { color-scheme: light; --page: #fff; } body { display: block; } .code pre { white-space: pre-wrap; }
+.code { break-inside: avoid; }
 }
 '''
 
 JS = r'''
 'use strict';
 const $ = (selector, root = document) => root.querySelector(selector);
-const on = (name, act) => document.addEventListener(name, act);
+const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+const on = (name, act, how) => document.addEventListener(name, act, how);
 const say = text => { $('#link').textContent = text; };
+const announce = text => { $('#said').textContent = text; };
 
 // The socket of a reply. A clean end is final; a socket that fails twice in a row gives way to polling.
 htmx.config.wsReconnectDelay = retry => Math.min(1000 * 2 ** retry, 2000) * (0.75 + Math.random() / 4);
-on('htmx:wsConnecting', e => say(e.target.failures ? 'reconnecting…' : 'connecting…'));
+on('htmx:wsConnecting', e => {
+  if (!e.target.failures) announce('Claude is answering.');
+  say(e.target.failures ? 'reconnecting…' : 'connecting…');
+});
 on('htmx:wsOpen', e => { e.target.restart = false; say('live'); });
 on('htmx:wsError', () => say('connection lost'));
 on('htmx:wsBeforeMessage', e => { e.target.failures = 0; e.target.heard = performance.now(); });
-on('htmx:wsAfterMessage', () => { if (pinned) toEnd(); });
 on('htmx:wsClose', e => {
   const bubble = e.target, code = e.detail.event.code;
   if (code === 1000 || code === 4404) return finish(bubble);
@@ -1925,7 +2209,22 @@ function finish(bubble) {
   bubble.removeAttribute('hx-ext');
   const { status } = $('.state', bubble).dataset;
   bubble.dataset.status = status === 'streaming' ? 'interrupted' : status;
+  over(bubble);
+}
+
+function over(bubble) { // said once, however the end was heard of; a hidden tab shows it in title and icon
+  const { status } = bubble.dataset;
+  dress(bubble);
   say(status === 'done' ? 'finished' : status);
+  announce($('.state p', bubble)?.textContent || 'Claude has answered.');
+  if (document.hidden) news(true);
+}
+
+function news(is) {
+  const icon = $('link[rel=icon]');
+  icon.dataset.calm ??= icon.href;
+  icon.href = is ? icon.dataset.news : icon.dataset.calm;
+  document.title = (is ? '● ' : '') + document.title.replace(/^● /, '');
 }
 
 function poll(bubble) { // a copy, so that the extension finds the element of its socket gone
@@ -1939,42 +2238,143 @@ function poll(bubble) { // a copy, so that the extension finds the element of it
   say('live, without a socket');
 }
 on('htmx:afterSwap', e => {
-  if (e.detail.elt?.matches?.('[hx-trigger]') && !$('[data-status=streaming]')) say('finished');
+  const polled = e.detail.elt?.matches?.('.message[hx-trigger]') && $('#' + e.detail.elt.id);
+  if (polled && polled.dataset.status !== 'streaming') over(polled);
 });
 
 // A socket that slept may be half open and say nothing: open it anew unless it has just been heard.
 function wake() {
-  for (const bubble of document.querySelectorAll('[ws-connect]')) {
+  for (const bubble of $$('[ws-connect]')) {
     const wrapper = bubble['htmx-internal-data']?.webSocket, socket = wrapper?.socket;
     if (socket?.readyState !== WebSocket.OPEN || performance.now() - (bubble.heard || 0) < 2000) continue;
     socket.onclose = socket.onerror = null;
     wrapper.init();
   }
 }
-on('visibilitychange', () => { if (!document.hidden) wake(); });
+on('visibilitychange', () => { if (!document.hidden) { news(false); wake(); } });
 addEventListener('online', wake);
 addEventListener('pageshow', e => { if (e.persisted) location.reload(); });
 
-// The reader's place: follow the text only while the end is in view.
-let pinned = true, top_ = 0;
-const page = document.scrollingElement;
+// The reader's place, decided here only. The end is followed while it is in view; else what is seen stays where it is,
+// also when older messages come in above, after a reload, and on the way back.
+const page = document.scrollingElement, messages = $('#messages'), jump = $('#jump');
+let pinned = true, last = 0, below = null;
 const atEnd = () => page.scrollHeight - page.scrollTop - page.clientHeight < 40;
-const toEnd = () => { page.scrollTop = page.scrollHeight; };
-on('scroll', () => { pinned = page.scrollTop >= top_ ? pinned || atEnd() : atEnd(); top_ = page.scrollTop; });
+const toEnd = () => { pinned = true; page.scrollTop = page.scrollHeight; };
+const place = () => 'place:' + location.pathname;
+function moved() {
+  pinned = page.scrollTop >= last ? pinned || atEnd() : atEnd();
+  last = page.scrollTop;
+  jump.hidden = pinned || atEnd();
+}
+function grown() {
+  if (below !== null) page.scrollTop = page.scrollHeight - below;
+  else if (pinned) toEnd();
+  below = null;
+  moved();
+}
+on('scroll', moved);
+addEventListener('resize', grown);
+new ResizeObserver(grown).observe(messages);
+on('htmx:beforeSwap', e => {
+  if (e.detail.target.id === 'earlier' && !pinned) below = page.scrollHeight - page.scrollTop;
+});
+addEventListener('pagehide', () => {
+  const seen = $$('.message').find(m => m.getBoundingClientRect().bottom > 60);
+  if (pinned || !seen) sessionStorage.removeItem(place());
+  else sessionStorage.setItem(place(), JSON.stringify([seen.id, seen.getBoundingClientRect().top]));
+});
+function arrive() {
+  const [id, top] = JSON.parse(sessionStorage.getItem(place())) || [], seen = id && $('#' + id);
+  if (!seen) return toEnd();
+  pinned = false;
+  page.scrollTop += seen.getBoundingClientRect().top - top;
+}
+history.scrollRestoration = 'manual';
+
+// What a message gets once it is complete: tools for its code, local times, image links that a keyboard reaches.
+function dress(root) {
+  for (const code of $$('figure.code', root)) {
+    if ($('button', code) || $('.end', code)) continue;
+    $('figcaption', code).insertAdjacentHTML('beforeend', `
+      <button class=quiet data-wrap aria-pressed=false>Wrap</button>
+      <button class=quiet data-copy>Copy<span class=unseen> this code</span></button>`);
+  }
+  for (const time of $$('time:not([title])', root)) {
+    time.title = time.textContent;
+    time.textContent = new Date(time.dateTime).toLocaleString([], { dateStyle: 'medium', timeStyle: 'short' });
+  }
+  for (const image of $$('.image[data-src]', root)) Object.assign(image, { role: 'link', tabIndex: 0 });
+}
+new MutationObserver(changes => new Set(changes.map(change => change.target)).forEach(dress))
+  .observe(messages, { childList: true, subtree: true });
+
+async function copy(text, control) { // `text` may be on its way: Safari wants the clipboard asked within the click
+  const type = 'text/plain', blob = Promise.resolve(text).then(text => new Blob([text], { type }));
+  try {
+    if (navigator.clipboard) await navigator.clipboard.write([new ClipboardItem({ [type]: blob })]);
+    else { // plain http on another machine
+      const words = await (await blob).text();
+      on('copy', e => { e.clipboardData.setData(type, words); e.preventDefault(); }, { once: true });
+      if (!document.execCommand('copy')) throw new Error('refused');
+    }
+    control.dataset.did = 'Copied';
+  } catch { control.dataset.did = 'Not copied'; }
+  announce(control.dataset.did);
+  setTimeout(() => delete control.dataset.did, 1500);
+}
+const written = async link => (await fetch(link.href)).arrayBuffer();
+
+on('click', e => {
+  const control = e.target.closest('button, a, .image');
+  if (control?.matches('a.copy')) { e.preventDefault(); copy(written(control), control); }
+  else if (control?.matches('[data-copy]')) copy($('code', control.closest('figure')).textContent, control);
+  else if (control?.matches('[data-wrap]'))
+    control.ariaPressed = control.closest('figure').toggleAttribute('data-wrap');
+  else if (control?.matches('.image[data-src]')) open(control.dataset.src, '_blank', 'noopener,noreferrer');
+  else if (control?.matches('[data-opens]')) show(control.dataset.opens);
+  else if (control === jump) toEnd();
+});
+
+// How the page looks is remembered in cookies, so that the server's first paint is right.
+on('submit', e => {
+  if (!e.target.matches('.look')) return;
+  e.preventDefault();
+  const { name, value } = e.submitter, root = document.documentElement;
+  root.dataset[name] = value;
+  document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=lax`;
+  const open = value === 'open';
+  if (name === 'sidebar') Object.assign(e.submitter, { value: open ? 'closed' : 'open', ariaExpanded: open });
+  else for (const button of $$('[name=theme]')) button.ariaPressed = button === e.submitter;
+  for (const meta of $$('meta[name=theme-color]')) meta.content = getComputedStyle(document.body).backgroundColor;
+});
 
 // The composer: empties only when the server has the message; a draft survives a reload.
 const composer = $('#composer'), box = $('#message');
 const draft = () => 'draft:' + location.pathname;
 let sent = null;
-if (!box.value) box.value = localStorage.getItem(draft()) || '';
+const sized = CSS.supports('field-sizing: content');
+const grow = () => { if (!sized) box.rows = Math.min(12, box.value.split('\n').length); };
+const write = text => { box.value = text; grow(); };
+if (!box.value) write(localStorage.getItem(draft()) || '');
 box.addEventListener('input', () => {
+  grow();
   box.value ? localStorage.setItem(draft(), box.value) : localStorage.removeItem(draft());
 });
 box.addEventListener('keydown', e => {
-  if (e.key !== 'Enter' || e.shiftKey || e.isComposing || e.keyCode === 229) return;
+  if (e.isComposing || e.keyCode === 229) return;
+  if (e.key === 'ArrowUp' && !box.value) recall(e);
+  if (e.key !== 'Enter' || e.shiftKey) return;
   e.preventDefault();
   if (box.value.trim()) composer.requestSubmit($('.send'));
 });
+async function recall(e) {
+  const link = $$('[data-role=user] .copy').at(-1);
+  if (!link) return;
+  e.preventDefault();
+  const text = new TextDecoder().decode(await written(link));
+  if (!box.value) write(text);
+}
 composer.addEventListener('htmx:beforeRequest', e => {
   if (!box.value.trim()) return e.preventDefault();
   sent = { draft: draft(), text: box.value };
@@ -1987,7 +2387,7 @@ composer.addEventListener('htmx:beforeSwap', e => { // another tab was faster, o
   if (!$('#msg-' + first) && (first === 0 || $('#msg-' + (first - 1)))) return;
   e.detail.shouldSwap = false;
   emptied();
-  location.reload();
+  location.assign(location.pathname);
 });
 composer.addEventListener('htmx:afterRequest', e => {
   if (e.detail.xhr.status >= 200 && e.detail.xhr.status < 300) emptied();
@@ -1998,28 +2398,96 @@ composer.addEventListener('htmx:sendError', () => {
 function emptied() {
   if (!sent) return;
   localStorage.removeItem(sent.draft);
-  box.value = box.value.startsWith(sent.text) ? box.value.slice(sent.text.length) : box.value;
+  write(box.value.startsWith(sent.text) ? box.value.slice(sent.text.length) : box.value);
   sent = null;
   toEnd();
 }
-on('keydown', e => { if (e.key === 'Escape') $('#stop')?.requestSubmit(); });
-if (matchMedia('(pointer: fine)').matches) box.focus();
-toEnd();
+
+// The palette: every link of the sidebar and every control that names its action, found by words.
+const query = $('#query'), choices = $('#choices'), picked = () => $('[aria-selected=true]', choices);
+const bare = text => text.normalize('NFD').replace(/\p{M}/gu, '').toLowerCase();
+const usable = el => !el.matches('.stop, .retry *, #jump') || el.checkVisibility();
+function show(id) {
+  if ($('dialog[open]')) return;
+  $('#' + id).showModal();
+  if (id === 'palette') find(query.value = '');
+}
+function find() {
+  const words = bare(query.value).split(/\s+/);
+  const all = [...$$('#conversations a').map(el => [el, el.textContent, 'Conversation']),
+    ...$$('[data-action]').filter(usable).map(el => [el, el.dataset.action, 'Action'])];
+  const found = all.filter(([, name]) => words.every(word => bare(name).includes(word)));
+  choices.replaceChildren(...found.map(([el, name, kind], n) => {
+    const option = document.createElement('li');
+    option.dataset.kind = kind;
+    return Object.assign(option, { id: 'choice-' + n, role: 'option', textContent: name, act: () => el.click() });
+  }));
+  pick(choices.firstChild);
+}
+function pick(option) {
+  for (const each of choices.children) each.ariaSelected = each === option;
+  query.setAttribute('aria-activedescendant', option?.id || '');
+  option?.scrollIntoView({ block: 'nearest' });
+}
+function choose(option) {
+  $('#palette').close();
+  option?.act();
+}
+query.addEventListener('input', find);
+query.addEventListener('keydown', e => {
+  if (e.isComposing || !['ArrowDown', 'ArrowUp', 'Enter'].includes(e.key)) return;
+  e.preventDefault();
+  if (e.key === 'Enter') choose(picked());
+  else if (e.key === 'ArrowDown') pick(picked()?.nextSibling || choices.firstChild);
+  else pick(picked()?.previousSibling || choices.lastChild);
+});
+choices.addEventListener('click', e => choose(e.target.closest('li')));
+
+// Keys. Esc closes what is open before it stops a reply; a letter is a key only where nobody writes.
+on('keydown', e => {
+  if (e.isComposing) return;
+  const writing = e.target.matches('input, textarea, [contenteditable]'), open = $('dialog[open], :popover-open');
+  if (e.key === 'Escape' && !open) $('#stop')?.requestSubmit();
+  else if (e.key === 'Enter' && e.target.matches('.image')) e.target.click();
+  else if ((e.ctrlKey || e.metaKey) && e.key.toLowerCase() === 'k') {
+    e.preventDefault();
+    if ($('#palette').open) $('#palette').close(); else show('palette');
+  } else if (!writing && !open && !e.ctrlKey && !e.metaKey && !e.altKey) {
+    if (e.key === '/') { e.preventDefault(); box.focus(); }
+    if (e.key === '?') show('keys');
+  }
+});
+dress(messages);
+if (matchMedia('(pointer: fine)').matches) box.focus({ preventScroll: true });
+arrive();
 '''
 
-ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path fill="#b4532a" d="M6 5h20a3 3 0 0 1 3 3v12a3 3
- 0 0 1-3 3H16l-7 6v-6H6a3 3 0 0 1-3-3V8a3 3 0 0 1 3-3z"/></svg>'''
+ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" rx="14" fill="#a3451d"/>
+<path fill="none" stroke="#fff" stroke-width="4" stroke-linecap="round" d="M20 22h24M20 32h24M20 42h13"/></svg>'''
+NEWS = ICON.replace('</svg>', '<circle cx="50" cy="14" r="13" fill="#e99c75" stroke="#1b1a18" stroke-width="3"/></svg>')
+WHOLE = ICON.replace(' rx="14"', '')  # a maskable icon fills its square; the drawing stays in the middle four fifths
+PAPER = {'light': '#fbfaf7', 'dark': '#1b1a18'}  # the page's colour for what stands around the page
 
 
 @functools.cache
 def assets() -> dict[str, tuple[str, str, bytes]]:
     "File name → (its URL with a hash of the content, media type, content). htmx comes from the django-htmx package."
     folder = Path(importlib.util.find_spec('django_htmx').submodule_search_locations[0]) / 'static' / 'django_htmx'
-    files = {'htmx.js': (folder / 'htmx-2.min.js').read_text(), 'ws.js': (folder / 'ext' / 'hx-ws-2.min.js').read_text(),
-             'parley.js': JS, 'parley.css': CSS, 'icon.svg': ICON}
-    kinds = {'js': 'text/javascript', 'css': 'text/css', 'svg': 'image/svg+xml'}
-    return {name: (f'/assets/{hashlib.sha256(text.encode()).hexdigest()[:12]}-{name}', kinds[name.rpartition('.')[2]],
-                   text.encode()) for name, text in files.items()}
+    files = {'htmx.js': (folder / 'htmx-2.min.js').read_text(),
+             'ws.js': (folder / 'ext' / 'hx-ws-2.min.js').read_text(),
+             'parley.js': JS, 'parley.css': CSS, 'icon.svg': ICON, 'news.svg': NEWS, 'whole.svg': WHOLE}
+    kinds = {'js': 'text/javascript', 'css': 'text/css', 'svg': 'image/svg+xml',
+             'webmanifest': 'application/manifest+json'}
+
+    def made(name, text):
+        url = f'/assets/{hashlib.sha256(text.encode()).hexdigest()[:12]}-{name}'
+        return url, kinds[name.rpartition('.')[2]], text.encode()
+    found = {name: made(name, text) for name, text in files.items()}
+    icons = [{'src': found[name][0], 'sizes': 'any', 'type': 'image/svg+xml', 'purpose': purpose}
+             for name, purpose in (('icon.svg', 'any'), ('whole.svg', 'maskable'))]
+    manifest = {'name': 'Parley', 'id': '/', 'start_url': '/', 'scope': '/', 'display': 'standalone', 'icons': icons,
+                'background_color': PAPER['light'], 'theme_color': PAPER['light']}
+    return found | {'parley.webmanifest': made('parley.webmanifest', json.dumps(manifest))}
 
 
 def asset(name): return assets()[name][0]
@@ -2125,9 +2593,22 @@ async def bubble(req, message, make=Reply):
     return make(message, await parley(req).shelf.content(message))
 
 
-async def page(req, title='Parley', *content, status=200, current=None, **more):
-    conversations = await parley(req).store.conversations(OWNER)
-    return FtResponse(Page(title, conversations, *content, current=current, **more), status)
+async def transcript(req, path): return Transcript(path, [await bubble(req, message) for message in path])
+
+
+LOOKS = {'theme': ('auto', 'light', 'dark'), 'sidebar': ('open', 'closed')}  # the first of each is the default
+
+
+def look_of(req):
+    "How this browser wants its pages, from its cookies, and `here`, the page to come back to after a change."
+    said = {name: req.cookies.get(name) for name in LOOKS}
+    looks = {name: said[name] if said[name] in known else known[0] for name, known in LOOKS.items()}
+    return looks | {'here': req.url.path}
+
+
+async def page(req, title='Parley', *content, status=200, **more):
+    conversations, demo = await parley(req).store.conversations(OWNER), parley(req).settings.demo
+    return FtResponse(Page(title, conversations, *content, look=look_of(req), demo=demo, **more), status)
 
 
 async def sent(req, question, reply, *more):
@@ -2138,7 +2619,7 @@ async def sent(req, question, reply, *more):
 
 
 @rt.get('/')
-async def home(req): return await page(req, 'Parley', Empty(parley(req).settings.demo))
+async def home(req): return await page(req, 'Parley', Empty(parley(req).claude.model))
 
 
 @rt.post('/')
@@ -2148,6 +2629,7 @@ async def begin(req):
     conversation, _ = await parley(req).store.path(OWNER, reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
     return await sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
+                Heading(conversation.title, conversation.id, hx_swap_oob='true'),
                 Ul(ListItem(conversation, conversation.id), id='conversations', hx_swap_oob='afterbegin'),
                 HtmxResponseHeaders(push_url=place))
 
@@ -2168,12 +2650,27 @@ async def as_markdown(req, conversation_id: str):
         'content-disposition': f'attachment; filename="parley-{conversation.id}.md"'})
 
 
+SHOWN = 30  # messages on a page; older ones are loaded as the reader scrolls up
+
+
 @rt.get('/c/{conversation_id}')
 async def show(req, conversation_id: str):
-    conversation, path = await parley(req).store.path(OWNER, conversation_id)
-    bubbles = [await bubble(req, message) for message in path]
-    return await page(req, conversation.title, *bubbles, current=conversation.id,
-                      running=path[-1].status == RUNNING)
+    "The end of a conversation, or with `?before=` a depth what comes before that."
+    before = req.query_params.get('before', '')
+    before = int(before) if before.isdecimal() and len(before) < 9 else ENDLESS
+    conversation, path = await parley(req).store.path(OWNER, conversation_id, before=before, last=SHOWN)
+    if by_htmx(req) and before < ENDLESS: return await transcript(req, path)
+    later = A('To the end of the conversation', href=req.url.path, cls='quiet') if before < ENDLESS else None
+    return await page(req, conversation.title, *await transcript(req, path), later, current=conversation.id,
+                      running=bool(path) and path[-1].status == RUNNING)
+
+
+@rt.get('/c/{conversation_id}/{idx}.md')
+async def as_written(req, conversation_id: str, idx: int):
+    "One message, to the letter; shown as text, not downloaded, so that without a script it can be copied too."
+    message = await parley(req).store.message(OWNER, conversation_id, idx)
+    if not message: raise Refused(404, 'There is no such message here.')
+    return PlainTextResponse(message.content)
 
 
 @rt.get('/c/{conversation_id}/{idx}')
@@ -2203,6 +2700,17 @@ async def retry(req, conversation_id: str):
     return await bubble(req, reply) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
 
 
+@rt.post('/look')
+async def remember(req):
+    "Keep the theme or the sidebar's state for a year. The script writes the same cookies by itself."
+    form = await form_of(req)
+    back = form.get('back', '/')
+    answer = RedirectResponse(back if re.match(r'/(?![/\\])', back) else '/', 303)
+    for name, known in LOOKS.items():
+        if form.get(name) in known: answer.set_cookie(name, form[name], max_age=31_536_000, samesite='lax')
+    return answer
+
+
 @rt.get('/healthz')
 async def healthz(req):
     try: await parley(req).store.check()
@@ -2230,7 +2738,8 @@ async def refused(req, error):
     typed = error.typed
     if req.method == 'POST' and not typed:
         with contextlib.suppress(Refused, HTTPException): typed = (await form_of(req)).get('message', '')
-    return HTMLResponse(to_xml(Page('Parley', [], typed=typed, notice=error.words)), error.status, headers)
+    return HTMLResponse(to_xml(Page('Parley', [], look=look_of(req), typed=typed, notice=error.words)), error.status,
+                        headers)
 
 
 # %% [markdown]
