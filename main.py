@@ -33,7 +33,7 @@ import time
 from collections import ChainMap, deque
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from html import escape, unescape
 from itertools import islice
 from pathlib import Path
@@ -917,7 +917,8 @@ class Turns:
             del turn.unsaved[:count]
             if text: turn.pieces.append(text)
             if end:
-                turn.over, turn.reply.status, turn.reply.note = True, end.status, end.note
+                turn.over = True
+                turn.reply = replace(turn.reply, status=end.status, note=end.note, content=''.join(turn.pieces))
                 del self.running[turn.reply.conversation]
             turn.show('')
 
@@ -2602,6 +2603,8 @@ async def bubble(req, message, make=Reply):
     if turn := parley(req).turns.find(message):
         await (live := LiveReply.of(turn)).catch_up()
         return make(message, live.html())
+    if message.status == RUNNING:  # it has ended since it was read
+        message = await parley(req).store.message(OWNER, message.conversation, message.idx)
     return make(message, await parley(req).shelf.content(message))
 
 
