@@ -931,6 +931,7 @@ def plain(text: str) -> str:
 
 # %%
 ENDS = {'stopped': 'Stopped.', 'interrupted': 'Interrupted.', 'failed': 'No answer.'}
+PAPER = {'light': '#fbfaf7', 'dark': '#1b1a18'}  # the page's colour, for what a browser draws around the page
 ICONS = {'sidebar': 'M4 5h16v14H4zM10 5v14', 'new': 'M12 5v14M5 12h14', 'send': 'M12 19V5M6 11l6-6 6 6',
          'stop': 'M7 7h10v10H7z', 'end': 'M12 5v14M6 13l6 6 6-6',
          'find': 'M11 18a7 7 0 1 1 0-14 7 7 0 0 1 0 14zM16 16l4 4',
@@ -1652,7 +1653,6 @@ ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect widt
 <path fill="none" stroke="#fff" stroke-width="4" stroke-linecap="round" d="M20 22h24M20 32h24M20 42h13"/></svg>'''
 NEWS = ICON.replace('</svg>', '<circle cx="50" cy="14" r="13" fill="#e99c75" stroke="#1b1a18" stroke-width="3"/></svg>')
 WHOLE = ICON.replace(' rx="14"', '')  # a maskable icon fills its square; the drawing stays in the middle four fifths
-PAPER = {'light': '#fbfaf7', 'dark': '#1b1a18'}  # the page's colour for what stands around the page
 
 
 @functools.cache
