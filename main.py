@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import html
 import importlib.util
 import json
 import logging
@@ -31,15 +30,19 @@ import signal
 import stat
 import sys
 import time
+from collections import ChainMap, deque
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from html import escape, unescape
+from itertools import islice
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 import anthropic
 import apsw
 import httpx2
+import nh3
 import uvicorn
 from fastcore.xml import NotStr
 from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Dialog, Div, Dl, Dt, Footer, Form, Head,
@@ -47,6 +50,16 @@ from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, 
                                  Span, Textarea, Time, Title, Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
+from latex2mathml.converter import convert_to_element
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.rules_block import StateBlock, paragraph
+from markdown_it.rules_core import StateCore
+from mdit_py_plugins.footnote.index import footnote_def
+from pygments.lexers import get_lexer_by_name
+from pygments.styles import get_style_by_name
+from pygments.token import STANDARD_TYPES
+from pygments.util import ClassNotFound
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -97,7 +110,7 @@ class Settings:
     stall_seconds: float = setting(600.0, 'the same when only pings come: a model may think for minutes', low=0.05,
                                    high=7200)
     retry_seconds: float = setting(20.0, 'how long a busy Claude is tried again', low=0, high=600)
-    frame_seconds: float = setting(0.04, 'the time between two commits of what was said, and two frames', low=0.001,
+    frame_seconds: float = setting(0.05, 'the time between two commits of what was said, and two frames', low=0.001,
                                    high=1)
     max_message_chars: int = setting(200_000, 'the longest question', low=1, high=10_000_000)
     max_reply_chars: int = setting(2_000_000, 'where an endless reply is cut', low=1, high=50_000_000)
@@ -512,9 +525,9 @@ def history(path: list[Message]) -> list[dict]:
     return turns
 
 
-def until(frame: float, phase: float) -> float:
-    "Seconds until the next frame has reached `phase` (0 to 1). Frames are cut by the clock, the same for everyone."
-    return ((phase - time.monotonic() / frame) % 1 or 1) * frame
+def until_next(frame: float) -> float:
+    "Seconds until the next frame begins. Frames of `frame` seconds are cut by the clock, the same for everyone."
+    return frame - time.monotonic() % frame
 
 
 class EventLines:
@@ -629,7 +642,7 @@ class Claude:
             read = stream.read
 
             async def paced(*args, **kwargs):
-                await asyncio.sleep(until(self.settings.frame_seconds, 0))
+                await asyncio.sleep(until_next(self.settings.frame_seconds))
                 return await read(*args, **kwargs)
             stream.read = paced
             stack.callback(delattr, stream, 'read')
@@ -746,7 +759,7 @@ if NOTEBOOK:
 # A reply is a task of the server. It begins when the question is committed and goes on whoever watches. What Claude
 # says waits in memory for the next frame; one commit a frame serves all replies, and only what is committed is shown.
 # Time is cut in frames by the clock, so nothing has to be agreed: sockets to Claude are read when a frame begins, and
-# what they brought is committed a quarter of a frame later.
+# what they brought is committed together.
 
 
 # %%
@@ -757,6 +770,7 @@ class Turn:
         self.notice = ''  # words for now: a wait, a full disk
         self.end: Ended | None = None  # how it ended, perhaps not committed yet
         self.over = False  # the end is committed: nothing will ever be added
+        self.view = None  # whatever shows this reply may keep itself here
         self.task: asyncio.Task | None = None
         self.cut_off = Ended('stopped')
         self.changed = asyncio.Event()
@@ -785,7 +799,7 @@ class Turns:
     def __init__(self, store: Store, claude: Claude, settings: Settings):
         self.store, self.claude, self.settings = store, claude, settings
         self.running: dict[str, Turn] = {}
-        self.grew, self.closing = asyncio.Event(), False
+        self.grew, self.began, self.closing = asyncio.Event(), asyncio.Event(), False
         self.keeper: asyncio.Task | None = None
 
     async def ask(self, owner, conversation, text, key=None) -> tuple[Message, Message]:
@@ -872,22 +886,28 @@ class Turns:
 
     async def _hear(self, turn, text):
         text = text[:self.settings.max_reply_chars - turn.size]
+        if not turn.size: self.began.set()
         turn.unsaved.append(text)
         turn.size += len(text)
         self.grew.set()
         while len(turn.unsaved) > 250: await turn.changed.wait()  # the disk is slow: read no further
 
     async def _keep(self):
-        "Commit what grew, at once if nothing did for a while, else once a frame. A disk that fails is tried again."
+        "Commit what grew once a frame, and the first words of a reply at once. A disk that fails is tried again."
+        committed = 0.0
         while True:
             await self.grew.wait()
+            if (early := committed + 0.8 * self.settings.frame_seconds - time.monotonic()) > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(early): await self.began.wait()
             self.grew.clear()
+            self.began.clear()
+            committed = time.monotonic()
             try: await self._commit([turn for turn in self.running.values() if turn.unsaved or turn.end])
             except Unusable as error:
                 for turn in self.running.values(): turn.show(f'Not saved yet: {error}. Trying again.')
                 await asyncio.sleep(1)
                 self.grew.set()
-            await asyncio.sleep(until(self.settings.frame_seconds, 0.25))
 
     async def _commit(self, turns):
         batch = [(turn, len(turn.unsaved), ''.join(turn.unsaved), turn.end) for turn in turns]
@@ -897,7 +917,7 @@ class Turns:
             del turn.unsaved[:count]
             if text: turn.pieces.append(text)
             if end:
-                turn.over = True
+                turn.over, turn.reply.status, turn.reply.note = True, end.status, end.note
                 del self.running[turn.reply.conversation]
             turn.show('')
 
@@ -913,14 +933,728 @@ if NOTEBOOK:
 # %% [markdown]
 # ## 5 Words
 #
-# Text as a page may hold it. For now everything is shown as it was written.
+# Markdown becomes safe HTML, block by block while it is written. A block that has closed is typeset once and never
+# touched again; only the open tail is set anew, and most pieces of it are plain letters that need no parser at all.
+# Three walls: the parser knows no HTML, our renderer writes only what it knows, and nh3 has the last word. Beside nh3
+# go two things only, both written by our own hand with every text escaped: a code block's frame and a formula.
+#
+# `render(text)` is what a reload shows; a `Typesetter` that has finished holds exactly the same, whatever the pieces.
+
+# %%
+MARK = '<span class="end"></span>'  # stands in a tail where plain letters may follow; the page gives it an id
+END, ASIDE = '\ufdd0', '\ufdd1'     # noncharacters, never in a text (see `normal`): the mark, and a thing set aside
+BLOCK_LIMIT = 64 * 1024    # characters; a longer block is shown unstyled
+CODE_LIMIT = 100 * 1024    # characters; longer code is not coloured
+FORMULA_LIMIT = 2_000      # characters; a longer formula is shown as its source, and so are
+FORMULAS_LIMIT = 500       # further ones in the same block: each costs about 0.3 ms
+DEEP = 24                  # levels of quotes and lists (a list is two); what is deeper is plain text
+CALM = 2_000               # characters; a longer tail is set again only when it has grown by an eighth
+
+
+def normal(text):
+    """`text` with `\\n` for every line end; U+FFFD for NUL, lone surrogates and our own two marks."""
+    return re.sub('[\0\ud800-\udfff\ufdd0\ufdd1]', '\ufffd', re.sub('\r\n?', '\n', text))
+
+
+# %% [markdown]
+# ### Code, formulas, hosts
+
+# %%
+@functools.lru_cache(64)
+def lexer(name):
+    try: return get_lexer_by_name(name, stripnl=False, ensurenl=False)
+    except ClassNotFound: return None
+
+
+QUIET = {'', 'n', 'p', 'w', 'x', 'err'}  # what no style colours needs no span: half the nodes of a code block
+
+
+def coloured(code, name):
+    """HTML in pieces of some 8,000 characters: nh3 sees no giant string, and other threads get their turn."""
+    tokens = list(lexer(name).get_tokens(code))
+    if ''.join(text for _, text in tokens) != code: return [escape(code, False)]  # some lexers drop a character
+    pieces, size = [[]], 0
+    for kind, text in tokens:
+        name = STANDARD_TYPES.get(kind) or STANDARD_TYPES.get(kind.parent, '')
+        html = escape(text, False)
+        pieces[-1].append(html if name in QUIET else f'<span class="{name}">{html}</span>')
+        size += len(pieces[-1][-1])
+        if size > 8_000: pieces, size = pieces + [[]], 0
+    return [''.join(piece) for piece in pieces]
+
+
+def figure(code, info='', colour=True):
+    """A code block; the text of its `code` is `code`, to the letter."""
+    name = (re.match(r'\s*([A-Za-z0-9+#._-]{1,24})(?=[\s{,]|$)', info) or ['', ''])[1]
+    fancy = colour and name and len(code) <= CODE_LIMIT and END not in code and lexer(name.lower())
+    pieces = coloured(code, name.lower()) if fancy else [escape(code, False).replace(END, MARK)]
+    return (f'<figure class="code"><figcaption>{name}</figcaption><pre tabindex="0"><code>'
+            + ''.join(map(clean, pieces)) + '</code></pre></figure>')
+
+
+MATH = set('math mrow mi mn mo mtext mspace ms mfrac msqrt mroot mstyle mpadded mphantom menclose msub msup msubsup '
+           'munder mover munderover mmultiscripts mprescripts none mtable mtr mtd merror'.split())
+MATH_ATTRIBUTES = set('display mathvariant stretchy fence separator form lspace rspace minsize maxsize columnalign '
+                      'rowspacing columnspacing columnlines rowlines linethickness accent accentunder movablelimits '
+                      'displaystyle scriptlevel width height depth notation symmetric'.split())
+
+
+def mathml(element):
+    """MathML written anew from the tree: known tags, known attributes, escaped text. It is put in place after nh3 has
+    cleaned the rest. Allowing MathML *through* a sanitiser would mean trusting it to read `mtext` and `annotation-xml`
+    the way every browser does; with this there is never an HTML element inside a formula for anyone to misread."""
+    if element.tag not in MATH: raise ValueError(element.tag)
+    attributes = ''.join(f' {key}="{value}"' for key, value in element.items()
+                         if key in MATH_ATTRIBUTES and re.fullmatch(r'[\w.%+ -]*', value))
+    inside = escape(unescape(element.text or '')) + ''.join(map(mathml, element))
+    return f'<{element.tag}{attributes}>{inside}</{element.tag}>'
+
+
+@functools.lru_cache(1024)
+def formula(latex, display):
+    """MathML, or the source where that cannot be had."""
+    if len(latex) <= FORMULA_LIMIT and END not in latex:
+        with contextlib.suppress(Exception):  # the library raises what it likes, RecursionError included
+            return mathml(convert_to_element(latex, display='block' if display else 'inline'))
+    return as_source(latex)
+
+
+def as_source(latex): return f'<code class="math">{escape(latex, False).replace(END, MARK)}</code>'
+
+
+def host_of(url, schemes=('http', 'https', 'mailto')):
+    """The host (for mailto: the address's) that a browser would really go to, or '' for what we do not link."""
+    try: parts = urlsplit(url)
+    except ValueError: return ''
+    host = parts.path.rpartition('@')[2] if parts.scheme == 'mailto' else parts.netloc.rpartition('@')[2]
+    plain = re.fullmatch(r'([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d*)?', host.lower())
+    return plain[1] if plain and parts.scheme in schemes else ''
+
+
+def pretends(words, host):
+    """Does a link's text name a host other than its own?"""
+    named = re.findall(r'(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])', words.lower()[:500])
+    return any(name.removeprefix('www.') != host.removeprefix('www.') for name in named)
+
+
+# %% [markdown]
+# ### The parser's rules beside CommonMark's
+
+# %%
+def deep(state, start, end, silent):
+    """Nesting beyond `DEEP` is text. (The parser's own limit would drop the text.)"""
+    return not silent and state.level >= DEEP and paragraph(state, start, end, silent)
+
+
+def math_block(state, start, end, silent):
+    r"""`$$` or `\[` at the start of a line: up to the closing delimiter at the end of a line, or to a blank line, so
+    that a forgotten delimiter swallows one paragraph at most. The first line alone decides that it is a formula."""
+    first = state.src[state.bMarks[start] + state.tShift[start]:state.eMarks[start]].rstrip()
+    if state.is_code_block(start) or not first.startswith(('$$', r'\[')): return False
+    closing = '$$' if first[0] == '$' else r'\]'
+    at = first.find(closing, 2)
+    if at >= 0 and at + 2 < len(first): return False  # words follow the formula: a paragraph
+    if silent: return True
+    line, closed = start + 1, at >= 0
+    while not closed and line < end and not state.isEmpty(line) and state.sCount[line] >= state.blkIndent:
+        closed = state.src[state.bMarks[line]:state.eMarks[line]].rstrip().endswith(closing)
+        line += 1
+    token = state.push('math_block', 'math', 0)
+    token.content, token.map = state.getLines(start, line, state.blkIndent, False).strip(), [start, line]
+    token.meta = {'closed': closed}
+    state.line = line
+    return True
+
+
+# Prices stay text by pandoc's rule for a single dollar: no space inside, no digit after.
+INLINE_MATH = re.compile(r'\$\$([^$]{1,2000})\$\$|\$(?![\s$])((?:[^$\\]|\\.){0,1999}(?:[^$\\\s]|\\\S))\$(?!\d)'
+                         r'|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]', re.DOTALL)
+
+
+def math_inline(state, silent):
+    if state.src[state.pos] not in '$\\': return False
+    closing = {'\\(': r'\)', '\\[': r'\]'}.get(state.src[state.pos:state.pos + 2], '$')
+    if state.src.find(closing, state.pos + 1, state.pos + FORMULA_LIMIT + 4) < 0: return False  # quick for a lone one
+    found = INLINE_MATH.match(state.src, state.pos, state.posMax)
+    if not found: return False
+    if not silent:
+        token = state.push('math_inline', 'math', 0)
+        token.content, token.meta = found[found.lastindex], {'display': found.lastindex in (1, 4)}
+    state.pos = found.end()
+    return True
+
+
+URL = re.compile(r'://[^\s<>\[\]{}|\\^`"*\ufdd0]{1,2000}')
+
+
+def bare_url(state, silent):
+    """`https://…` without brackets is a link; `www.` and bare domains stay text."""
+    found = state.linkLevel == 0 and URL.match(state.src, state.pos, state.posMax)
+    scheme = found and re.search(r'(?<![A-Za-z0-9+.-])https?$', state.src[max(state.pos - 6, 0):state.pos])
+    if not scheme or not silent and not state.pending.endswith(scheme[0]): return False
+    rest = found[0].rstrip('.,;:!?\'_~')
+    while rest.endswith(')') and rest.count(')') > rest.count('('): rest = rest[:-1].rstrip('.,;:!?\'_~')
+    url = state.md.normalizeLink(scheme[0] + rest)
+    if not host_of(url): return False
+    if not silent:
+        state.pending = state.pending[:-len(scheme[0])]
+        state.push('link_open', 'a', 1).attrs = {'href': url}
+        state.push('text', '', 0).content = scheme[0] + rest
+        state.push('link_close', 'a', -1)
+    state.pos += len(rest)
+    return True
+
+
+def note_mark(state, silent):
+    """`[^label]`. While a reply is open a number counts as a note whose text is still to come."""
+    found = re.compile(r'\[\^([^\]\s]{1,99})\]').match(state.src, state.pos, state.posMax)
+    if not found or not (found[1] in state.env['notes'] or state.env['guess'] and found[1].isdigit()): return False
+    if not silent: state.push('note', 'sup', 0).meta = {'label': found[1]}
+    state.pos = found.end()
+    return True
+
+
+# %% [markdown]
+# ### From tokens to HTML
+
+# %%
+class Pen(RendererHTML):
+    """How a token is written; a method is named after its token."""
+
+    def aside(self, env, html):
+        """Keep `html` out of nh3's way; its place is taken by a number between noncharacters."""
+        env['aside'].append(html)
+        return f'{ASIDE}{len(env["aside"]) - 1}{ASIDE}'
+
+    def text(self, tokens, i, options, env): return escape(tokens[i].content).replace(END, MARK)
+    def code_inline(self, tokens, i, options, env): return f'<code>{self.text(tokens, i, options, env)}</code>'
+    def fence(self, tokens, i, options, env):
+        return self.aside(env, figure(tokens[i].content, unescape(tokens[i].info), not env['tail']))
+
+    def code_block(self, tokens, i, options, env): return self.aside(env, figure(tokens[i].content))
+    def softbreak(self, tokens, i, options, env): return '\n'
+    def hardbreak(self, tokens, i, options, env): return '<br>\n'
+    def table_open(self, tokens, i, options, env): return '<div class="table" tabindex="0"><table>\n'
+    def table_close(self, tokens, i, options, env): return '</table></div>\n'
+    def th_open(self, tokens, i, options, env): return self.cell(tokens[i])
+    def td_open(self, tokens, i, options, env): return self.cell(tokens[i])
+    def cell(self, token):
+        align = str((token.attrs or {}).get('style', '')).removeprefix('text-align:')
+        return f'<{token.tag} class="{align}">' if align else f'<{token.tag}>'
+
+    def list_item_open(self, tokens, i, options, env):
+        checked = tokens[i].meta.get('checked')
+        if checked is None: return '<li>'
+        return f'<li class="task"><span class="box">{"☑" if checked else "☐"}</span> '
+
+    def link_open(self, tokens, i, options, env):
+        url, title = str(tokens[i].attrs['href']), tokens[i].attrs.get('title', '')
+        level = tokens[i].level
+        end = next(j for j in range(i, len(tokens)) if tokens[j].type == 'link_close' and tokens[j].level == level)
+        host = tokens[end].meta['host'] = host_of(url)
+        if not host: return ''
+        words = ''.join(token.content for token in tokens[i:end] if token.type in ('text', 'code_inline'))
+        tokens[end].meta['tell'] = pretends(words, host)
+        title = f' title="{escape(str(title))}"' if title else ''
+        return f'<a href="{escape(url)}"{title} target="_blank">'
+
+    def link_close(self, tokens, i, options, env):
+        host, tell = tokens[i].meta['host'], tokens[i].meta.get('tell')
+        return ('</a>' if host else '') + (f' <span class="host">({escape(host)})</span>' if tell else '')
+
+    def image(self, tokens, i, options, env):
+        url, words = str(tokens[i].attrs['src']), self.renderInlineAsText(tokens[i].children, options, env)
+        host = host_of(url, ('http', 'https'))
+        if not host: return escape(words)
+        return f'<span class="image" data-src="{escape(url)}">{escape(words)} <span class="host">({host})</span></span>'
+
+    def note(self, tokens, i, options, env):
+        """A note's number says nothing but its turn of first use: without ids there is nothing to jump to."""
+        label = tokens[i].meta['label']
+        return f'<sup class="note">{env["numbers"].setdefault(label, len(env["numbers"]) + 1)}</sup>'
+
+    def math_inline(self, tokens, i, options, env):
+        env['formulas'] += 1
+        latex, display = tokens[i].content, tokens[i].meta['display']
+        return self.aside(env, formula(latex, display) if env['formulas'] <= FORMULAS_LIMIT else as_source(latex))
+
+    def math_block(self, tokens, i, options, env):
+        latex = tokens[i].content
+        html = formula(latex[2:-2].strip(), True) if tokens[i].meta['closed'] else as_source(latex)
+        return f'<div class="math">{self.aside(env, html)}</div>'
+
+
+WALL = nh3.Cleaner(
+    tags=set('p h1 h2 h3 h4 h5 h6 strong em s code a ul ol li blockquote hr br table thead tbody tr th td div span sup '
+             'section pre'.split()),
+    attributes={'a': {'href', 'title'}, 'ol': {'start'}, 'span': {'data-src'}},
+    tag_attribute_values={'a': {'target': {'_blank'}}, 'div': {'tabindex': {'0'}}},
+    allowed_classes={'span': {'end', 'host', 'image', 'box', *STANDARD_TYPES.values()} - {''}, 'li': {'task'},
+                     'div': {'table', 'math', 'plain'}, 'sup': {'note'}, 'section': {'notes'}, 'p': {'cut'},
+                     'th': {'left', 'center', 'right'}, 'td': {'left', 'center', 'right'}},
+    url_schemes={'http', 'https', 'mailto'}, url_relative='deny', link_rel='noopener noreferrer nofollow')
+
+
+def clean(html): return WALL.clean(ASIDE + html)[1:]  # with something before it, or a leading U+FEFF would go
+
+
+def parser():
+    md = MarkdownIt('commonmark', {'html': False, 'xhtmlOut': False, 'tasklists': True, 'maxNesting': 2 * DEEP},
+                    renderer_cls=Pen).enable(['table', 'strikethrough']).disable(['html_block', 'html_inline'])
+    md.validateLink = lambda url: True  # the pen decides: what we do not link keeps its words
+    stops = ['paragraph', 'reference', 'blockquote', 'list']
+    md.block.ruler.before('table', 'deep', deep)
+    md.block.ruler.before('fence', 'math_block', math_block, {'alt': stops})
+    md.block.ruler.before('reference', 'footnote_def', footnote_def, {'alt': ['paragraph', 'reference']})
+    md.inline.ruler.after('text', 'bare_url', bare_url)
+    md.inline.ruler.before('escape', 'math_inline', math_inline)
+    md.inline.ruler.before('link', 'note', note_mark)
+    md.core.ruler.enableOnly(['inline', 'text_join'])
+    return md
+
+
+PARSER = parser()
+
+
+@dataclass
+class Part:
+    """A top-level block, or (with a label) a note's text: the parser's tokens and the Markdown they stand for."""
+    tokens: list
+    source: str
+    lines: list        # first line, and the one after the last
+    label: str = ''
+
+    def has(self, character): return any(character in token.content for token in self.tokens if token.type == 'inline')
+
+
+def surroundings(references, notes, numbers, guess=False, tail=False):
+    """What a parser run knows and learns: link definitions {label: link}, notes {label: Part}, their numbers."""
+    return {'references': references, 'notes': notes, 'numbers': numbers, 'guess': guess, 'tail': tail}
+
+
+def parse(text, env):
+    """-> (state, tops, notes): the top-level parts in order (notes among them), and all notes, nested ones too."""
+    state = StateBlock(text, PARSER, env, [])
+    PARSER.block.tokenize(state, 0, state.lineMax)
+    tops, notes, within, depth = [], [], [], 0
+    for token in state.tokens:
+        if token.type == 'footnote_reference_close': within.pop()
+        elif depth == 0 or token.type == 'footnote_reference_open':
+            begin, end = token.map
+            part = Part([], text[state.bMarks[begin]:state.bMarks[end]].rstrip('\n'), token.map)
+            if depth == 0: tops.append(part)
+            if token.type == 'footnote_reference_open':
+                part.label = token.meta['label']
+                notes.append(part)
+                within.append(part)
+        if not token.type.startswith('footnote_reference'): (within or tops)[-1].tokens.append(token)
+        depth += token.nesting
+    return state, tops, notes
+
+
+def unstyled(source, end=''):
+    note = 'Too long to typeset, shown as written.'
+    return f'<div class="plain"><p class="cut">{note}</p><pre>\n{escape(source)}{end}</pre></div>'
+
+
+def write(part, env):
+    """One block's HTML: exactly one element. Runs the inline parser; may be called again with other surroundings."""
+    code = part.tokens and part.tokens[0].type in ('fence', 'code_block')
+    if len(part.source) > BLOCK_LIMIT and not code: return unstyled(part.source)
+    env |= {'aside': [], 'formulas': 0}
+    for token in part.tokens:
+        if token.type == 'inline': token.children = []
+    PARSER.core.process(StateCore('', PARSER, env, part.tokens))
+    html = clean(PARSER.renderer.render(part.tokens, PARSER.options, env)).strip()
+    return re.sub(f'{ASIDE}(\\d+){ASIDE}', lambda found: env['aside'][int(found[1])], html).replace(END, '')
+
+
+def notes_section(env):
+    """The notes that were used, numbered by first use; a note's text may use further ones."""
+    items = []
+    while len(items) < len(env['numbers']):
+        for label in list(env['numbers'])[len(items):]:
+            items.append(f'<li>{write(env["notes"][label], env) if label in env["notes"] else ""}</li>')
+    return [f'<section class="notes"><ol>{"".join(items)}</ol></section>'] if items else []
+
+
+def render(text):
+    """Markdown -> the safe HTML of its blocks, one element each; a section of notes comes last if there are any."""
+    env = surroundings({}, {}, {})
+    _, tops, notes = parse(normal(text), env)
+    for note in notes: env['notes'].setdefault(note.label, note)
+    return [write(part, env) for part in tops if not part.label] + notes_section(env)
+
+
+# %% [markdown]
+# ### While it is written
+#
+# A block is final when later lines cannot reach it. Lines are looked at only when complete, and a block closes when
+# another follows it. One thing reaches further back than that: a link definition's label or title may go on over lines
+# that meanwhile look like a heading underlined with `===` or like a paragraph. It ends at a blank line and at whatever
+# may interrupt it, so only there do we cut.
+
+# %%
+@dataclass
+class Block:
+    """A block has closed; it stands before the tail from now on."""
+    html: str
+
+
+@dataclass
+class Tail:
+    """What stands behind the closed blocks, all of it."""
+    html: str
+
+
+@dataclass
+class Text:
+    """Letters, unescaped, for the place of the tail's `MARK`."""
+    text: str
+
+
+@dataclass
+class Mend:
+    """Closed block `n` (from 0) looks different now that a definition has come after it."""
+    n: int
+    html: str
+
+
+INTERRUPTS = {'fence', 'blockquote_open', 'hr', 'bullet_list_open', 'ordered_list_open', 'math_block',
+         'footnote_reference_open'}  # a table is none inside a list
+
+
+def done(part, state):
+    """Is this block over, whatever follows? (A list may go on after a blank line, and so may indented code.)"""
+    token = part.tokens[0] if part.tokens else None
+    if not token: return False
+    if token.type == 'fence': return token.content.count('\n') == token.map[1] - token.map[0] - 2
+    line, lasting = part.lines[1], token.type in ('bullet_list_open', 'ordered_list_open', 'code_block')
+    if not lasting and line < state.lineMax and state.isEmpty(line): return True
+    return token.type == 'hr' or token.type == 'math_block' and token.meta['closed'] or token.markup[:1] == '#'
+
+
+def cut(state, tops):
+    """The number of parts that are final. Notes at the end stay in the tail, where they can be seen."""
+    for i in range(len(tops) - 1, -1, -1):
+        part, after = tops[i], tops[i + 1] if i + 1 < len(tops) else None
+        if part.label: continue
+        if done(part, state): return i + 1
+        if not after: continue
+        line = part.lines[1]
+        if state.isEmpty(line - 1) or state.isEmpty(line): return i + 1
+        first = after.tokens[0] if after.tokens else None
+        stops = after.label or first and (first.type in INTERRUPTS or first.markup[:1] == '#')
+        if after.lines[0] == line and stops: return i + 1
+    return 0
+
+
+LEAD = re.compile(r' {0,3}([-+*]|\d{1,9}[.)]|>|\|)(?=[ \t]|[>|]|$)|( {2,}|\t)')
+
+
+def lead(line):
+    """How a line begins: '-', '.', '>', '|', ' ' (indented), or '' for words."""
+    found = LEAD.match(line)
+    return found[1][-1] if found and found[1] else ' ' if found else ''
+
+
+def may_close(line, after_blank, first):
+    """Could this complete line have closed the tail that begins with the line `first`? A cheap guess: a wrong yes
+    costs a parse, a wrong no only time."""
+    how, kind = lead(line), lead(first)
+    if not line.strip(): return not after_blank and kind in ('', '>', '|')
+    if how and (how == kind or how == ' ' and kind in ('-', '+', '*', '.', ')')): return False
+    return after_blank or bool(how.strip()) or line.lstrip()[:1] in '#`~$\\*_-[' or line.rstrip()[-2:] in ('$$', r'\]')
+
+
+# Letters that mean nothing where they stand, inside a line that has begun: no parser need see them.
+PLAIN = re.compile(r'(?:[^\W_]|[ ,;\'"?!(){}%=+^.-]|[^\x00-\x7f]|:(?=[ \w]|$)|(?<![:/])/(?!/))+')
+MARKS = re.compile(r'[`*_|$\\<>&~!]')
+SYNTAX = re.compile(r'[*_`|~#>]+')
+# A last line that may still become anything is not shown yet; neither is a run of marks at its end.
+UNDECIDED = re.compile(r'[ >\t]*(?:[-+*]|\d{1,9}[.)]?)?[ \t]*'
+                       r'(?:\[[ xX]?\]?|[-=*_+`~#|:$>\\ \t]{0,80}|\\\[|\[\^?[^\]\s]*\]?:?[^ ]*)')
+LOOSE = re.compile(r'(?:[*_~`\\$|<!]+|\\[([]|<[\w:/.@-]*|&#?\w{0,31}|\[\^[^\]\s]*)$')
+LINK = re.compile(r'!?\[([^\[\]\n]*)(?:\](?:\([^()\n]*)?)?$')
+RUN = re.compile(r'(`+)(?!`)(?:(?!\1).)*?(?<!`)\1(?!`)|\\[^()[\]]'  # whole code, escapes; and marks that may be open
+                 r'|(?P<mark>`+|\*+|~~|(?<![^\W_])_+|_+(?![^\W_])|\$\$?|\\.)', re.S)
+CLOSING = {r'\(': r'\)', r'\[': r'\]'}
+NEW_TEXT = re.compile(r'\n[ \t]*\n|\n[ \t>]*(?:[-+*]|\d+[.)]|#+|\|)(?=[ \t])|\|')
+
+
+def complete(source):
+    """`source` with what is open at its end closed, and `END` where letters may follow. For the tail only: this is a
+    guess that the next render may overturn; closed blocks never see it."""
+    body, newline, line = source.rpartition('\n')
+    if len(re.findall(r'^[ \t>]*(?:[-+*][ \t]+|\d+[.)][ \t]+)?(?:```|~~~)', source, re.M)) % 2:  # a fence in a list
+        return source + END if not re.fullmatch(r'[ \t]*[`~]*', line[:100]) else source[:len(source) - len(line)]
+    if not line or len(line) < 200 and UNDECIDED.fullmatch(line): source, line = body.rstrip('\n'), ''
+    if table := heading_row(source): return table
+    if not line: return source
+    breaks = [found.end() for found in NEW_TEXT.finditer(source, max(0, len(source) - CALM))]
+    at = breaks[-1] if breaks else max(0, len(source) - CALM)
+    text, open_ = source[at:], []
+    end = '' if LOOSE.search(text[-80:]) or re.search(r'://\S*$|\](?:\([^)]*)?$', text[-800:]) else END
+    while found := LOOSE.search(text[-80:]): text = text[:len(text) - len(found[0])]
+    text = LINK.sub(r'\1', text)
+    for run in RUN.finditer(text):
+        mark, after = run['mark'], text[run.end():run.end() + 1]
+        if not mark: continue
+        if mark in open_ and not text[run.start() - 1].isspace(): del open_[open_.index(mark):]
+        elif open_ and open_[-1][0] in '$\\' or mark in CLOSING.values(): continue
+        elif after.strip() and not (mark == '$' and after.isdigit()): open_.append(CLOSING.get(mark, mark))
+    return source[:at] + text + end + ''.join(reversed(open_))
+
+
+def weight(text): return len(text) + 3 * len(MARKS.findall(text)) + 25 * text.count('[')
+
+
+def heading_row(source):
+    """A first row of cells is a table from the start."""
+    row = source.rpartition('\n')[2]
+    above = source[:len(source) - len(row)]
+    if row.count('|') < 2 or row[0] != '|' or len(row) > CALM or above and not above.endswith('\n\n'): return ''
+    cells = row.rstrip('| ').count('|')
+    return source + (END if row[-1] not in '|*_`\\' else '') + '\n' + '|-' * cells + '|'
+
+
+class Typesetter:
+    """Typesets a reply while it is written: feed pieces of text, get changes. After `finish()`, `blocks` equals
+    `render(whole text)`, string for string.
+
+    Cost: the tail is set again when a piece could be syntax, a long one only when it has grown by an eighth; it is
+    searched for closed blocks on the same terms. So a text of n characters costs O(n). An open fence is never parsed.
+    A definition that arrives late costs one more inline parse of those closed blocks that have a `[`, at the end."""
+
+    def __init__(self):
+        self.blocks, self.work = [], 0    # work: characters given to the parser so far, for the tests
+        self._kept = []                   # (n, part, definitions known then): what a late definition may change
+        self._references, self._notes, self._numbers = {}, {}, {}
+        self._return = ''                 # a piece's last '\r', which may be half a line end
+        self._start([])
+
+    def _start(self, pieces):
+        """A new tail."""
+        text = ''.join(pieces)
+        self._pieces, self._size, self._weight = pieces, len(text), weight(text)
+        self._first, self._line = text.lstrip('\n').partition('\n')[0][:100], text.rpartition('\n')[2][:100]
+        self._blank, self._found, self._search_at, self._begun = True, False, 0, False
+        self._fence, self._held = None, ''
+        self._html, self._marked, self._added, self._shown, self._flat = '', False, [], 0, False
+
+    @property
+    def heavy(self):
+        """May the next feed, of an ordinary piece, take longer than about 10 ms? Then call it in a thread. Marks weigh
+        more than letters, a bracket most: about 30 us against 1."""
+        return self._size > 5_000 or not self._fence and self._weight > 5_000
+
+    @property
+    def tail(self):
+        return self._html.replace(MARK, escape(''.join(self._added)) + MARK) if self._added else self._html
+
+    def html(self):
+        """All there is to see now."""
+        return ''.join(self.blocks) + self.tail
+
+    # -- feeding
+
+    def feed(self, piece):
+        """The text that came since. -> changes in their order: blocks first, then at most one Tail or Text."""
+        text = self._return + piece
+        self._return = text[-1:] if text[-1:] == '\r' else ''
+        text = normal(text[:-1] if self._return else text)
+        if not text: return []
+        before = self._line[-1:]
+        self._pieces.append(text)
+        self._size += len(text)
+        self._weight += weight(text)
+        closed = self._search() if self._may_have_closed(text) else []
+        if closed: return closed + self._set(True)
+        if self._fence and not self._marked: return self._set()
+        if self._fence: return self._code(text)
+        if self._flat or self._marked and PLAIN.fullmatch(before + text, len(before)): return self._append(text)
+        if self._shown <= CALM or (self._size - self._shown) * 8 >= self._shown: return self._set()
+        return self._append(SYNTAX.sub('', text)) if self._marked else []
+
+    def _may_have_closed(self, text):
+        """Look at the lines that `text` completes; of a line only its first hundred characters matter."""
+        *lines, rest = text.split('\n')
+        if lines: lines[0] = self._line + lines[0]
+        self._line = rest[:100] if lines else (self._line + rest)[:100]
+        for line in lines:
+            if not self._first.strip(): self._first = line[:100]
+            if self._fence: self._found = self._found or bool(self._fence.fullmatch(line[:100]))
+            else: self._found = self._found or may_close(line, self._blank, self._first)
+            self._blank = not line.strip()
+        if lines: self._begun = False
+        if self._blank and not self._begun and not self._fence and self._line[:1].isalpha():
+            # Words after a blank line: no list goes on, however the line may end.
+            self._begun, self._found = True, self._found or bool(self._first.strip())
+        return self._found and (self._fence or self._size >= self._search_at)
+
+    def _search(self):
+        """Close what has closed. -> [Block, ...]"""
+        source, blank = ''.join(self._pieces), self._blank
+        env = self._env()
+        words = 'x\n' if blank and self._line[:1].isalpha() else ''  # stands for a line that has only begun
+        state, tops, notes = self._parse(source[:source.rfind('\n') + 1] + words, env)
+        n = cut(state, tops)
+        line = tops[n - 1].lines[1] if n else 0
+        start = state.bMarks[line]
+        self._learn(env, notes, line)
+        env = self._env()  # without what is not final yet
+        changes = [self._close(part, env) for part in tops[:n] if not part.label]
+        if n: self._start([source[start:]])
+        self._blank, self._found, self._fence, self._begun = blank, False, None, True
+        self._search_at = self._size + self._size // (8 if self._size < BLOCK_LIMIT else 2) + 1
+        last = tops[-1] if n + 1 == len(tops) and not tops[-1].label else None
+        if last and last.tokens[0].type == 'fence': self._open_fence(last.tokens[0],
+            state.bMarks[last.lines[0] + 1] - start)
+        return changes
+
+    def _open_fence(self, token, code_at):
+        """The tail is an open fence: from now on only the line that closes it matters."""
+        length, self._info, self._code_at = len(token.markup), token.info, code_at
+        self._fence = re.compile(f' {{0,3}}{token.markup[0]}{{{length},}}[ \\t]{{0,40}}')
+        self._fence_start = re.compile(f' {{0,3}}{token.markup[0]}*[ \\t]*')
+
+    def _close(self, part, env):
+        self.work += len(part.source)
+        self.blocks.append(write(part, env))
+        if part.has('['): self._kept.append((len(self.blocks) - 1, part, len(self._references) + len(self._notes)))
+        return Block(self.blocks[-1])
+
+    def finish(self):
+        """The text is complete. -> changes: Mends, the last Blocks, an empty Tail."""
+        self._pieces.append('\n' if self._return else '')
+        env, shown = self._env(), self._html
+        _, tops, notes = self._parse(''.join(self._pieces), env)
+        self._learn(env, notes, len(''.join(self._pieces)) + 1)
+        env = surroundings(self._references, self._notes, {})
+        changes = self._mend(env) + [self._close(part, env) for part in tops if not part.label]
+        for html in notes_section(env):
+            self.blocks.append(html)
+            changes.append(Block(html))
+        self._return = ''
+        self._start([])
+        return changes + ([Tail('')] if shown else [])
+
+    def _mend(self, env):
+        """Write those blocks again that a later definition may have changed. All notes get their numbers here."""
+        changes, known = [], len(self._references) + len(self._notes)
+        for n, part, then in self._kept:
+            if then == known and not part.has('[^'): continue
+            self.work += len(part.source)
+            html = write(part, env)
+            if html != self.blocks[n]: changes.append(Mend(n, html))
+            self.blocks[n] = html
+        self._kept = []
+        return changes
+
+    # -- the tail
+
+    def _set(self, moved=False):
+        source, before = ''.join(self._pieces), self.tail
+        self._added, self._shown, self._held = [], self._size, ''
+        self._flat = not self._fence and self._size > BLOCK_LIMIT
+        if not source.strip(): self._html = ''
+        elif self._fence: self._html = self._open_code(source[self._code_at:])
+        elif self._flat: self._html = unstyled(source, MARK)
+        else: self._html = self._sketch(source)
+        self._marked = MARK in self._html
+        return [Tail(self._html)] if moved or self._html != before else []
+
+    def _sketch(self, source):
+        """The open block as it would look if it ended well; notes' texts, which show up at the end only, below it."""
+        env = self._env(dict(self._numbers), tail=True)
+        _, tops, notes = self._parse(complete(source), env)
+        for note in notes: env['notes'].setdefault(note.label, note)
+        items = ''.join(f'<li>{write(note, env)}</li>' for note in notes)
+        html = ''.join(write(part, env) for part in tops if not part.label)
+        return html + (f'<section class="notes"><ol>{items}</ol></section>' if items else '')
+
+    def _open_code(self, code):
+        self._hold()
+        return figure(code[:len(code) - len(self._held)] + END, unescape(self._info), False)
+
+    def _code(self, text):
+        """More code, as it is; what may be the closing fence waits for the rest of its line."""
+        text = self._held + text
+        self._hold()
+        text = text[:len(text) - len(self._held)]
+        return self._append(text) if text else []
+
+    def _hold(self): self._held = self._line if self._fence_start.fullmatch(self._line) else ''
+
+    def _append(self, text):
+        self._added.append(text)
+        return [Text(text)]
+
+    # -- what is known
+
+    def _env(self, numbers=None, tail=False):
+        """What the text so far has defined, under a layer for what the tail may define but has not yet."""
+        return surroundings(ChainMap({}, self._references), ChainMap({}, self._notes),
+                            self._numbers if numbers is None else numbers, True, tail)
+
+    def _parse(self, text, env):
+        self.work += len(text)
+        return parse(text, env)
+
+    def _learn(self, env, notes, line):
+        """Keep the definitions above `line`; of several for one label the first counts."""
+        new = {label: link for label, link in env['references'].maps[0].items() if link['map'][0] < line}
+        self._references |= new
+        for note in notes:
+            if note.lines[0] < line: self._notes.setdefault(note.label, note)
+
+
+# %% [markdown]
+# ### What a person wrote, and the colours
+
+# %%
+FENCED = re.compile(r'^ {0,3}(`{3,})([^`\n]*)\n(.*?)(?:^ {0,3}\1`*[ \t]*(?:\n|\Z)|\Z)', re.M | re.S)
+
+
+def said(text):
+    """Pieces of HTML for words as written and for fenced code, with the number of lines of each."""
+    at = 0
+    for found in [*FENCED.finditer(text), None]:
+        words = text[at:found.start() if found else len(text)]
+        for some in re.findall(r'(?:[^\n]+\n?|\n){1,20}', words):
+            yield f'<p class="said">{escape(some, False)}</p>', some.count('\n') + (some[-1] != '\n')
+        if not found: return
+        yield figure(found[3], found[2]), found[0].count('\n')
+        at = found.end()
+
+
+def render_user(text, most=20):
+    """A person's message as it was written: no Markdown but code fences; what goes beyond `most` lines is folded."""
+    shown, folded, lines = '', '', 0
+    for html, count in said(normal(text)):
+        lines += count
+        if folded or shown and lines > most or lines > most + 1: folded += html
+        else: shown += html
+    return shown + (f'<details><summary>All {lines} lines</summary>{folded}</details>' if folded else '')
+
+
+def pygments_css(style, prefix=''):
+    """Rules for the code of one Pygments style, each selector under `prefix`; kinds that look alike share a rule."""
+    alike = {}
+    for kind, look in get_style_by_name(style):
+        name = STANDARD_TYPES.get(kind, '')
+        rule = (f'color:#{look["color"]};' if look['color'] else '') + 'font-weight:600;' * look['bold'] \
+            + 'font-style:italic;' * look['italic']
+        if rule and name not in QUIET: alike.setdefault(rule, []).append(f'{prefix} .code .{name}'.strip())
+    return '\n'.join(f'{",".join(names)}{{{rule[:-1]}}}' for rule, names in alike.items())
 
 
 # %%
-def plain(text: str) -> str:
-    "Text as HTML that shows exactly this text."
-    return html.escape(text, quote=False)
-
+if NOTEBOOK:
+    typesetter = Typesetter()
+    for piece in ("**Bold", " words** and", " more.\n\nA second", " block."): print(typesetter.feed(piece))
+    typesetter.finish()
+    print(typesetter.blocks == render("**Bold words** and more.\n\nA second block."))
 
 # %% [markdown]
 # ## 6 Components
@@ -971,11 +1705,11 @@ def Actions(message):
                Time(when.translate({84: ' ', 90: ' UTC'}), datetime=when), cls='actions')
 
 
-def Bubble(message, shown=None, notice='', **live):
+def Bubble(message, shown, notice='', **live):
     "A message. `shown` is its content as HTML; `live` are the attributes that keep it going while it is written."
     return Article(
         H2('You' if message.role == 'user' else 'Claude', cls='unseen'),
-        Div(NotStr(plain(message.content) if shown is None else shown), id=f'content-{message.idx}', cls='content',
+        Div(NotStr(shown), id=f'content-{message.idx}', cls='content',
             hx_disable=True),
         State(message, notice), Actions(message), id=f'msg-{message.idx}', cls='message', data_role=message.role,
         data_status=message.status, **live)
@@ -993,23 +1727,103 @@ def PollingBubble(message, shown):
                   hx_trigger='every 1s', hx_swap='outerHTML')
 
 
-def Reply(message, shown=None):
+def Reply(message, shown):
     "A message as it is now: live while it is being written, plain when it is over."
     if message.status != RUNNING: return Bubble(message, shown)
     return streaming_message_bubble(message.idx, message.conversation, message, shown)
 
 
-def Transcript(path):
+def Transcript(path, bubbles):
     "Messages in a row. What stands before them is loaded when the reader gets there; without the script, by a link."
     place = path and f'{show.to(conversation_id=path[0].conversation)}?before={path[0].idx}'
     earlier = A('Earlier messages', id='earlier', cls='quiet', href=place, hx_get=place, hx_swap='outerHTML',
                 hx_trigger='intersect once, click')
-    return (earlier if path and path[0].idx else None, *map(Reply, path))
+    return (earlier if path and path[0].idx else None, *bubbles)
 
 
 # Frames are put together as text: a component per piece would cost more than everything else a piece does.
-def Snapshot(idx, text): return f'<div id="content-{idx}" hx-swap-oob="innerHTML">{plain(text)}</div>'
-def Appended(idx, text): return f'<div id="content-{idx}" hx-swap-oob="beforeend">{plain(text)}</div>'
+def Frame(idx, change) -> str:
+    "One change of the typeset text as an element that htmx swaps out of band."
+    match change:
+        case Text(text): return f'<p id="end-{idx}" hx-swap-oob="beforeend">{escape(text, quote=False)}</p>'
+        case Block(html): return f'<div hx-swap-oob="beforebegin:#tail-{idx}">{html}</div>'
+        case Tail(html): return f'<div id="tail-{idx}" hx-swap-oob="innerHTML">{marked(idx, html)}</div>'
+        case Mend(n, html):
+            place = f'hx-swap-oob="outerHTML:#content-{idx}&gt;:nth-child({n + 1})"'
+            return re.sub(r'^<\w+', lambda tag: f'{tag[0]} {place}', html)
+
+
+def marked(idx, tail): return tail.replace(MARK, f'<span id="end-{idx}"></span>')
+def Snapshot(idx, html) -> str: return f'<div id="content-{idx}" hx-swap-oob="innerHTML">{html}</div>'
+def StateFrame(message, notice='') -> str: return to_xml(State(message, notice), indent=False)
+
+
+class LiveReply:
+    """A running reply as its viewers see it: typeset once for all of them. Frames are numbered; who is behind the
+    oldest that is kept gets a snapshot, so nothing ever queues for a slow socket."""
+    KEPT = 25
+
+    def __init__(self, turn):
+        self.turn, self.words, self.read, self.finished = turn, Typesetter(), 0, False
+        self.frames, self.count, self.notice = deque(maxlen=self.KEPT), 0, ''
+        self.lock = asyncio.Lock()
+
+    @classmethod
+    def of(cls, turn):
+        turn.view = turn.view or cls(turn)
+        return turn.view
+
+    async def catch_up(self):
+        "Typeset what was committed since the last call. Shielded: a viewer that leaves must not take a frame with it."
+        await asyncio.shield(self._catch_up())
+
+    async def _catch_up(self):
+        async with self.lock:
+            reply, text, over = self.turn.reply, ''.join(self.turn.pieces[self.read:]), self.turn.over
+            self.read = len(self.turn.pieces)
+            changes = []
+            if text and (self.words.heavy or len(text) > 2_000): changes = await asyncio.to_thread(self.words.feed, text)
+            elif text: changes = self.words.feed(text)
+            if over and not self.finished:
+                self.finished = True
+                changes += await asyncio.to_thread(self.words.finish)
+            frame = ''.join(Frame(reply.idx, change) for change in changes)
+            if over: frame += f'<div hx-swap-oob="delete:#tail-{reply.idx}"></div>'
+            if over or self.notice != self.turn.notice:
+                self.notice = self.turn.notice
+                frame += StateFrame(reply, self.notice)
+            if frame:
+                self.frames.append(frame)
+                self.count += 1
+
+    def since(self, cursor: int | None) -> tuple[int, str]:
+        "The cursor now, and what to send to a viewer that has had the frames before `cursor` (None: nothing yet)."
+        if cursor is None or self.count - cursor > len(self.frames):
+            return self.count, Snapshot(self.turn.reply.idx, self.html()) + StateFrame(self.turn.reply, self.notice)
+        return self.count, ''.join(islice(self.frames, len(self.frames) - (self.count - cursor), None))
+
+    def html(self) -> str:
+        "The content so far: its blocks, and the tail where the next words go."
+        idx, blocks = self.turn.reply.idx, ''.join(self.words.blocks)
+        return blocks if self.finished else f'{blocks}<div id="tail-{idx}">{marked(idx, self.words.tail)}</div>'
+
+
+class Shelf:
+    "The typeset content of finished messages, as much of it as `room` characters hold: nothing is typeset twice."
+    def __init__(self, room=16_000_000): self.room, self.html = room, {}
+
+    def put(self, id, html):
+        self.room += len(self.html.pop(id, '')) - len(html)
+        self.html[id] = html
+        while self.room < 0: self.room += len(self.html.pop(next(iter(self.html))))
+
+    async def content(self, message) -> str:
+        if (html := self.html.get(message.id)) is not None: return html
+        typeset = render_user if message.role == 'user' else lambda text: ''.join(render(text))
+        quick = len(message.content) < 1_000
+        html = typeset(message.content) if quick else await asyncio.to_thread(typeset, message.content)
+        if message.status != RUNNING: self.put(message.id, html)
+        return html
 
 
 def Key(**attrs): return Input(type='hidden', id='key', name='key', value=secrets.token_urlsafe(12), **attrs)
@@ -1215,7 +2029,7 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 #earlier { display: block; text-align: center; padding: .75rem; }
 .message { margin-top: 1rem; scroll-margin-top: var(--top); }
 .message[data-role=user]:not(:first-of-type) { margin-top: 2.25rem; }
-.content { white-space: pre-wrap; overflow-wrap: anywhere; font: var(--body)/1.6 var(--read); }
+.content { overflow-wrap: anywhere; font: var(--body)/1.6 var(--read); }
 .message[data-role=user] .content { width: fit-content; max-width: 100%; padding: .625rem 1rem; border-radius: .875rem;
   background: var(--card); font: var(--small)/1.6 var(--ui); }
 .actions { display: flex; align-items: center; gap: .5rem; min-height: 1.75rem; margin-left: -.5rem; color: var(--soft);
@@ -1755,6 +2569,7 @@ class Parley:
     store: Store
     claude: Claude
     turns: Turns
+    shelf: Shelf
 
 
 def parley(conn) -> Parley: return conn.app.state.parley
@@ -1768,6 +2583,17 @@ async def form_of(req: Request) -> dict[str, str]:
         return {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
     try: return dict(parse_qsl((await req.body()).decode(), keep_blank_values=True, errors='strict', max_num_fields=20))
     except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
+
+
+async def bubble(req, message, make=Reply):
+    "The bubble of a message as it is now, running or not."
+    if turn := parley(req).turns.find(message):
+        await (live := LiveReply.of(turn)).catch_up()
+        return make(message, live.html())
+    return make(message, await parley(req).shelf.content(message))
+
+
+async def transcript(req, path): return Transcript(path, [await bubble(req, message) for message in path])
 
 
 LOOKS = {'theme': ('auto', 'light', 'dark'), 'sidebar': ('open', 'closed')}  # the first of each is the default
@@ -1785,11 +2611,11 @@ async def page(req, title='Parley', *content, status=200, **more):
     return FtResponse(Page(title, conversations, *content, look=look_of(req), demo=demo, **more), status)
 
 
-def sent(req, question, reply, *more):
+async def sent(req, question, reply, *more):
     "Answer a send: the two bubbles as a fragment, or the way to the conversation."
     place = show.to(conversation_id=reply.conversation)
     if not by_htmx(req): return RedirectResponse(place, 303)
-    return (Reply(question), Reply(reply), Key(hx_swap_oob='true'), *more)
+    return (await bubble(req, question), await bubble(req, reply), Key(hx_swap_oob='true'), *more)
 
 
 @rt.get('/')
@@ -1802,7 +2628,7 @@ async def begin(req):
     question, reply = await parley(req).turns.ask(OWNER, None, form.get('message', ''), form.get('key') or None)
     conversation, _ = await parley(req).store.path(OWNER, reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
-    return sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
+    return await sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
                 Heading(conversation.title, conversation.id, hx_swap_oob='true'),
                 Ul(ListItem(conversation, conversation.id), id='conversations', hx_swap_oob='afterbegin'),
                 HtmxResponseHeaders(push_url=place))
@@ -1833,9 +2659,9 @@ async def show(req, conversation_id: str):
     before = req.query_params.get('before', '')
     before = int(before) if before.isdecimal() and len(before) < 9 else ENDLESS
     conversation, path = await parley(req).store.path(OWNER, conversation_id, before=before, last=SHOWN)
-    if by_htmx(req) and before < ENDLESS: return Transcript(path)
+    if by_htmx(req) and before < ENDLESS: return await transcript(req, path)
     later = A('To the end of the conversation', href=req.url.path, cls='quiet') if before < ENDLESS else None
-    return await page(req, conversation.title, *Transcript(path), later, current=conversation.id,
+    return await page(req, conversation.title, *await transcript(req, path), later, current=conversation.id,
                       running=bool(path) and path[-1].status == RUNNING)
 
 
@@ -1852,14 +2678,14 @@ async def fragment(req, conversation_id: str, idx: int):
     "One message by itself, for a bubble that polls."
     message = await parley(req).store.message(OWNER, conversation_id, idx)
     if not message: raise Refused(404, 'There is no such message here.')
-    return PollingBubble(message, None) if message.status == RUNNING else Bubble(message)
+    return await bubble(req, message, PollingBubble if message.status == RUNNING else Bubble)
 
 
 @rt.post('/c/{conversation_id}')
 async def ask(req, conversation_id: str):
     form = await form_of(req)
     turns = parley(req).turns
-    return sent(req, *await turns.ask(OWNER, conversation_id, form.get('message', ''), form.get('key') or None))
+    return await sent(req, *await turns.ask(OWNER, conversation_id, form.get('message', ''), form.get('key') or None))
 
 
 @rt.post('/c/{conversation_id}/stop')
@@ -1871,7 +2697,7 @@ async def stop(req, conversation_id: str):
 @rt.post('/c/{conversation_id}/retry')
 async def retry(req, conversation_id: str):
     question, reply = await parley(req).turns.retry(OWNER, conversation_id)
-    return Reply(reply) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
+    return await bubble(req, reply) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
 
 
 @rt.post('/look')
@@ -1947,28 +2773,27 @@ async def hear(ws, conversation):
 
 
 async def watch(ws, message):
+    "Show the reply to its end, as it grows or as it stands, and close."
     with contextlib.suppress(WebSocketDisconnect):
         try:
-            if turn := parley(ws).turns.find(message): await follow(ws, turn)
-            message = await parley(ws).store.message(OWNER, message.conversation, message.idx)
-            if not turn: await ws.send_text(Snapshot(message.idx, message.content))
-            await ws.send_text(to_xml(State(message), indent=False))
+            if turn := parley(ws).turns.find(message): await follow(ws, LiveReply.of(turn))
+            else:
+                message = await parley(ws).store.message(OWNER, message.conversation, message.idx)
+                if message.status == RUNNING: return await ws.close(1012)  # just begun anew: come again
+                html = await parley(ws).shelf.content(message)
+                await ws.send_text(Snapshot(message.idx, html) + StateFrame(message))
             await ws.close(1000)
         except Unusable: await ws.close(4500)
 
 
-async def follow(ws, turn):
-    "Send the reply as it grows. A socket that reads slowly is given a snapshot: what waits for it is never a queue."
+async def follow(ws, live):
+    "Send the reply as it grows; what is sent has been committed."
     cursor = None
-    notice = ''
-    async for _ in turn.follow():
-        seen = len(turn.pieces)
-        if cursor is None or seen - cursor > 25: await ws.send_text(Snapshot(turn.reply.idx, ''.join(turn.pieces)))
-        elif seen > cursor: await ws.send_text(Appended(turn.reply.idx, ''.join(turn.pieces[cursor:seen])))
-        cursor = seen
-        if notice != turn.notice:
-            notice = turn.notice
-            await ws.send_text(to_xml(State(turn.reply, notice), indent=False))
+    async for _ in live.turn.follow():
+        await live.catch_up()
+        cursor, frame = live.since(cursor)
+        if frame: await ws.send_text(frame)
+    parley(ws).shelf.put(live.turn.reply.id, live.html())
 
 
 # %% [markdown]
@@ -1991,7 +2816,7 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
     app = FastHTML(lifespan=lifespan, default_hdrs=False, canonical=False, sess_cls=None,
                    secret_key=settings.session_secret or store.secret(),
                    middleware=[Middleware(GZipMiddleware, minimum_size=1000)])
-    app.state.parley = Parley(settings, store, claude, turns)
+    app.state.parley = Parley(settings, store, claude, turns, Shelf())
     rt.to_app(app)
     app.router.routes.append(WebSocketRoute('/ws/chat/{conversation_id}/{msg_idx}', chat))
     for kind in (Refused, Unusable, HTTPException): app.add_exception_handler(kind, refused)
