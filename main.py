@@ -33,7 +33,7 @@ import time
 from collections import ChainMap, deque
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from html import escape, unescape
 from itertools import islice
 from pathlib import Path
@@ -917,7 +917,8 @@ class Turns:
             del turn.unsaved[:count]
             if text: turn.pieces.append(text)
             if end:
-                turn.over, turn.reply.status, turn.reply.note = True, end.status, end.note
+                turn.over = True
+                turn.reply = replace(turn.reply, status=end.status, note=end.note, content=''.join(turn.pieces))
                 del self.running[turn.reply.conversation]
             turn.show('')
 
@@ -1764,7 +1765,8 @@ class LiveReply:
     KEPT = 25
 
     def __init__(self, turn):
-        self.turn, self.words, self.read, self.finished = turn, Typesetter(), 0, False
+        self.turn, self.words, self.read = turn, Typesetter(), 0
+        self.finished = self.closed = False  # typeset to the end; and its last frame is made
         self.frames, self.count, self.notice = deque(maxlen=self.KEPT), 0, ''
         self.lock = asyncio.Lock()
 
@@ -1774,27 +1776,38 @@ class LiveReply:
         return turn.view
 
     async def catch_up(self):
-        "Typeset what was committed since the last call. Shielded: a viewer that leaves must not take a frame with it."
-        await asyncio.shield(self._catch_up())
+        """Typeset what was committed since the last call: at once if it is little, in a thread if it may take long
+        (shielded then: a viewer that leaves must not take a frame with it)."""
+        if self.lock.locked() or self.words.heavy or self.turn.over or sum(map(len, self._new())) > 2_000:
+            await asyncio.shield(self._catch_up())
+        else: self._add(self.words.feed(self._read()))
 
     async def _catch_up(self):
         async with self.lock:
-            reply, text, over = self.turn.reply, ''.join(self.turn.pieces[self.read:]), self.turn.over
-            self.read = len(self.turn.pieces)
-            changes = []
-            if text and (self.words.heavy or len(text) > 2_000): changes = await asyncio.to_thread(self.words.feed, text)
-            elif text: changes = self.words.feed(text)
+            over, changes = self.turn.over, []
+            if text := self._read(): changes = await asyncio.to_thread(self.words.feed, text)
             if over and not self.finished:
-                self.finished = True
                 changes += await asyncio.to_thread(self.words.finish)
-            frame = ''.join(Frame(reply.idx, change) for change in changes)
-            if over: frame += f'<div hx-swap-oob="delete:#tail-{reply.idx}"></div>'
-            if over or self.notice != self.turn.notice:
-                self.notice = self.turn.notice
-                frame += StateFrame(reply, self.notice)
-            if frame:
-                self.frames.append(frame)
-                self.count += 1
+                self.finished = True
+            self._add(changes)
+
+    def _new(self): return islice(self.turn.pieces, self.read, None)
+
+    def _read(self):
+        text, self.read = ''.join(self._new()), len(self.turn.pieces)
+        return text
+
+    def _add(self, changes):
+        reply, last = self.turn.reply, self.finished and not self.closed
+        frame = ''.join(Frame(reply.idx, change) for change in changes)
+        if last: frame += f'<div hx-swap-oob="delete:#tail-{reply.idx}"></div>'
+        if last or self.notice != self.turn.notice:
+            self.notice = self.turn.notice
+            frame += StateFrame(reply, self.notice)
+        self.closed = self.finished
+        if frame:
+            self.frames.append(frame)
+            self.count += 1
 
     def since(self, cursor: int | None) -> tuple[int, str]:
         "The cursor now, and what to send to a viewer that has had the frames before `cursor` (None: nothing yet)."
@@ -2584,6 +2597,8 @@ async def bubble(req, message, make=Reply):
     if turn := parley(req).turns.find(message):
         await (live := LiveReply.of(turn)).catch_up()
         return make(message, live.html())
+    if message.status == RUNNING:  # it has ended since it was read
+        message = await parley(req).store.message(OWNER, message.conversation, message.idx)
     return make(message, await parley(req).shelf.content(message))
 
 
