@@ -1666,6 +1666,7 @@ if NOTEBOOK:
 
 # %%
 ENDS = {'stopped': 'Stopped.', 'interrupted': 'Interrupted.', 'failed': 'No answer.'}
+PAPER = {'light': '#fbfaf7', 'dark': '#1b1a18'}  # the page's colour, for what a browser draws around the page
 ICONS = {'sidebar': 'M4 5h16v14H4zM10 5v14', 'new': 'M12 5v14M5 12h14', 'send': 'M12 19V5M6 11l6-6 6 6',
          'stop': 'M7 7h10v10H7z', 'end': 'M12 5v14M6 13l6 6 6-6',
          'find': 'M11 18a7 7 0 1 1 0-14 7 7 0 0 1 0 14zM16 16l4 4',
@@ -2012,9 +2013,9 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
 .narrow { display: none; }
 
 /* Sidebar */
-#sidebar { grid-area: side; position: sticky; inset: 0 auto auto 0; display: flex; flex-direction: column; gap: .125rem;
-  width: auto; height: 100dvh; margin: 0; padding: .5rem .75rem .75rem; border: 0; border-right: 1px solid var(--line);
-  background: var(--page); color: var(--soft); overflow: hidden; }
+#sidebar { grid-area: side; position: sticky; inset: 0 auto auto 0; display: flex; flex-direction: column;
+  gap: .125rem; width: auto; height: 100dvh; margin: 0; padding: .5rem .75rem .75rem; border: 0;
+  border-right: 1px solid var(--line); background: var(--page); color: var(--soft); overflow: hidden; }
 #sidebar:not(:hover, :focus-within) li a:not([aria-current]) { color: var(--soft); }
 #sidebar a, .find { display: flex; align-items: center; gap: .625rem; min-height: 2.125rem; padding: .25rem .625rem;
   border-radius: var(--round); color: var(--ink); text-decoration: none; }
@@ -2024,14 +2025,11 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
 #sidebar li a { display: block; line-height: 1.625rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #sidebar li [aria-current] { background: var(--card); font-weight: 550; }
 #conversations:empty { flex: 0; padding: 0; } #conversations:empty + .none { flex: 1; }
-.none { margin: 0; padding: 1rem .625rem; }
-:not(:empty) + .none { display: none; }
-.themes { display: flex; gap: .125rem; padding-top: .5rem; border-top: 1px solid var(--line); margin: 0 -.75rem;
-  padding-inline: .75rem; }
+.none { margin: 0; padding: 1rem .625rem; } :not(:empty) + .none { display: none; }
+.themes { display: flex; gap: .125rem; margin: 0 -.75rem; padding: .5rem .75rem 0; border-top: 1px solid var(--line); }
 .themes button { flex: 1; min-height: 1.75rem; }
 .themes [aria-pressed=true] { background: var(--card); color: var(--ink); }
-#sidebar > .quiet { text-align: left; padding-block: .25rem; }
-#sidebar > .quiet kbd { margin-left: .5rem; }
+#sidebar > .quiet { text-align: left; padding-block: .25rem; } #sidebar > .quiet kbd { margin-left: .5rem; }
 @media (min-width: 48.01rem) { [data-sidebar=closed] #sidebar { display: none; } }
 
 /* Messages */
@@ -2043,10 +2041,10 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .message[data-role=user]:not(:first-of-type) { margin-top: 2.25rem; }
 .said, .plain pre { white-space: pre-wrap; margin: 0; }
 .content { overflow-wrap: anywhere; font: var(--body)/1.6 var(--read); }
-.message[data-role=user] .content { width: fit-content; max-width: 100%; padding: .625rem 1rem; border-radius: .875rem;
-  background: var(--card); font: var(--small)/1.6 var(--ui); }
-.actions { display: flex; align-items: center; gap: .5rem; min-height: 1.75rem; margin-left: -.5rem; color: var(--soft);
-  font-size: var(--tiny); opacity: 0; transition: opacity var(--quick); }
+.message[data-role=user] .content { width: fit-content; max-width: 100%; padding: .625rem 1rem;
+  border-radius: .875rem; background: var(--card); font: var(--small)/1.6 var(--ui); }
+.actions { display: flex; align-items: center; gap: .5rem; min-height: 1.75rem; margin-left: -.5rem;
+  color: var(--soft); font-size: var(--tiny); opacity: 0; transition: opacity var(--quick); }
 .message:is(:hover, :focus-within) .actions { opacity: 1; }
 .state { color: var(--soft); font-family: var(--ui); display: flex; flex-wrap: wrap; align-items: center;
   gap: .25rem .75rem; }
@@ -2056,20 +2054,17 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 @media (scripting: none) { .state #stop { display: block; } }
 .message:not(:last-of-type) .retry { display: none; }
 /* at work: a quiet pulse, then a caret where the text ends */
-[data-status=streaming] .content:empty::after { content: 'Claude is thinking'; color: var(--soft);
-  font: var(--small)/1.6 var(--ui);
-  animation: pulse 1.6s ease-in-out infinite alternate; }
-[data-status=streaming] :is(.end, .content:not(:empty, :has(> *)))::after { content: '';
-  border-left: .15em solid var(--accent);
-  margin-left: .15em; font-size: .8em; }
+[data-status=streaming] :is(.content:empty, [id^=tail-]:only-child:empty)::after { content: 'Claude is thinking';
+  color: var(--soft); font: var(--small)/1.6 var(--ui); animation: pulse 1.6s ease-in-out infinite alternate; }
+[id^=end-]::after { content: ''; border-left: .15em solid var(--accent); margin-left: .15em; font-size: .8em; }
 @keyframes pulse { from { opacity: .55; } }
 
 /* Words: what Markdown becomes */
-.content:has(> *) { white-space: normal; }
-.content :where(p, ul, ol, blockquote, figure, div, details) { margin: 0 0 1rem; }
+.content :where(p, ul, ol, blockquote, figure, .table, .math, .plain, details) { margin: 0 0 1rem; }
 .content :where(h1, h2, h3, h4, h5, h6) { margin: 1.75rem 0 .5rem; }
-.content > :first-child { margin-top: 0; }
-.content > :last-child { margin-bottom: 0; }
+.content > :first-child, .content > [id^=tail-]:first-child > :first-child { margin-top: 0; }
+[data-role=user] .content > :last-child, .content :is(blockquote, li, details) > :last-child { margin-bottom: 0; }
+.content :is(.said, .plain pre) { white-space: pre-wrap; font: inherit; }
 .content :is(h1, h2, h3, h4, h5, h6) { font-family: var(--ui); font-weight: 650; line-height: 1.3; }
 .content h1 { font-size: 1.53rem; } .content h2 { font-size: 1.275rem; }
 .content :is(h3, h4, h5, h6) { font-size: 1.0625rem; }
@@ -2081,14 +2076,19 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .content code { font: .875em/1.5 var(--code); background: var(--card); border-radius: .25rem; padding: .1em .3em; }
 .content .code { border: 1px solid var(--line); border-radius: var(--round); overflow: hidden; }
 .code figcaption { display: flex; align-items: center; gap: .25rem; min-height: 2rem;
-  padding: .125rem .375rem .125rem .875rem;
-  color: var(--soft); font: var(--tiny)/1.5 var(--ui); background: var(--card); }
+  padding: .125rem .375rem .125rem .875rem; color: var(--soft); font: var(--tiny)/1.5 var(--ui);
+  background: var(--card); }
 .code figcaption > :first-of-type { margin-left: auto; }
 .code figcaption [aria-pressed=true] { color: var(--accent); }
 .code pre { margin: 0; padding: .75rem .875rem; overflow-x: auto; white-space: pre; tab-size: 4; outline-offset: -2px;
   font: .8125rem/1.55 var(--code); }
 .code code { padding: 0; background: none; font: inherit; overflow-wrap: normal; }
 .code[data-wrap] :is(pre, code) { white-space: pre-wrap; overflow-wrap: anywhere; }
+.code :is([class^=k], .ow, .nt) { color: var(--accent); } /* the short names that Pygments gives to kinds of tokens */
+.code :is([class^=s], .gi) { color: light-dark(#3a6a2b, #a5c78e); }
+.code :is([class^=m], .il, .kc, .no) { color: light-dark(#1d5d88, #8abae0); }
+.code :is(.nf, .fm, .nc, .nd, .na, .nb) { color: light-dark(#5d429c, #c5b2f0); }
+.code [class^=c] { color: var(--soft); font-style: italic; } .code .gd { color: light-dark(#a3161d, #f09a96); }
 .content .table { overflow-x: auto; }
 .content table { border-collapse: collapse; font: .9375rem/1.5 var(--ui);
   font-variant-numeric: lining-nums tabular-nums; }
@@ -2098,24 +2098,21 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .content .right { text-align: right; } .content .center { text-align: center; }
 .content .math { overflow-x: auto; overflow-y: hidden; text-align: center; } .content math { font-size: 1.08em; }
 .content .image { display: inline-block; padding: .25rem .75rem; border: 1px dashed var(--edge);
-  border-radius: var(--round);
-  font: var(--small)/1.6 var(--ui); color: var(--accent); cursor: pointer; text-decoration: none; }
+  border-radius: var(--round); font: var(--small)/1.6 var(--ui); color: var(--accent); cursor: pointer;
+  text-decoration: none; }
 .host { color: var(--soft); font-size: .875em; }
 .content :is(sup, sub) { line-height: 0; font-size: .75em; }
 .content .notes { margin-top: 2rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: var(--small); }
-.content summary { cursor: pointer; color: var(--soft); border-radius: .25rem; }
+.content summary { cursor: pointer; border-radius: .25rem; } .content :is(summary, .cut) { color: var(--soft); }
 
 /* Composer */
 #composer { position: sticky; bottom: 0; z-index: 1; padding: 0 0 max(.5rem, env(safe-area-inset-bottom));
-  background: var(--page);
-  box-shadow: 0 -.75rem .75rem var(--page); }
+  background: var(--page); box-shadow: 0 -.75rem .75rem var(--page); }
 .field { display: flex; align-items: end; gap: .25rem; padding: .25rem; border: 1px solid var(--edge);
-  border-radius: 1.375rem;
-  transition: border-color var(--quick), background-color var(--quick); }
+  border-radius: 1.375rem; transition: border-color var(--quick), background-color var(--quick); }
 .field:focus-within { border-color: var(--accent); background: var(--card); }
 #message { flex: 1; min-width: 0; padding: .375rem .75rem; border: 0; outline: 0; resize: none; max-height: 40dvh;
-  background: none;
-  font: 1rem/1.5 var(--ui); field-sizing: content; }
+  background: none; font: 1rem/1.5 var(--ui); field-sizing: content; }
 ::placeholder { color: var(--soft); opacity: 1; }
 .send, .stop, :is(.send, .stop):hover { color: var(--on-accent); background: var(--accent); }
 .stop, body:has(.message[data-status=streaming]) .send { display: none; }
@@ -2123,14 +2120,12 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 .stop svg { fill: currentColor; }
 #notice { margin: .375rem .75rem 0; color: var(--accent); } #notice:empty { display: none; }
 .under { display: flex; justify-content: space-between; gap: 1rem; min-height: 1.25rem; margin: .25rem .75rem 0;
-  font-size: var(--tiny);
-  color: var(--soft); }
+  font-size: var(--tiny); color: var(--soft); }
 .under p { margin: 0; } .hint { visibility: hidden; }
 .field:focus-within ~ .under .hint { visibility: visible; }
 #jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
-  align-items: center; gap: .375rem;
-  padding: .25rem .875rem .25rem .625rem; border: 1px solid var(--edge); border-radius: 2rem; background: var(--page);
-  white-space: nowrap; }
+  align-items: center; gap: .375rem; padding: .25rem .875rem .25rem .625rem; border: 1px solid var(--edge);
+  border-radius: 2rem; background: var(--page); white-space: nowrap; }
 #jump[hidden] { display: none; }
 
 /* First visit */
@@ -2146,8 +2141,7 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 
 /* Dialogs */
 dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh auto auto; padding: 0;
-  color: var(--ink);
-  background: var(--page); border: 1px solid var(--edge); border-radius: .875rem; }
+  color: var(--ink); background: var(--page); border: 1px solid var(--edge); border-radius: .875rem; }
 ::backdrop { background: var(--shade); }
 #query { width: 100%; padding: .875rem 1.25rem; border: 0; outline: 0; background: none; font-size: 1rem; }
 #choices { margin: 0; padding: .375rem; list-style: none; max-height: 55dvh; overflow-y: auto;
@@ -2156,8 +2150,9 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
   border-radius: var(--round); cursor: pointer; }
 #choices [aria-selected=true] { background: var(--card); box-shadow: inset 2px 0 var(--accent); }
 #choices li::after { content: attr(data-kind); color: var(--soft); font-size: var(--tiny); }
-#keys { padding: 1.25rem 1.5rem; width: min(26rem, calc(100vw - 2rem)); } #keys form { float: right;
-  margin: -.375rem -.75rem; }
+#palette:focus-within { border-color: var(--accent); }
+#keys { padding: 1.25rem 1.5rem; width: min(26rem, calc(100vw - 2rem)); }
+#keys form { float: right; margin: -.375rem -.75rem; }
 #keys h2 { margin: 0 0 .75rem; font-size: 1.0625rem; } #keys dl { margin: 0; }
 #keys dl div { display: flex; justify-content: space-between; padding: .375rem 0; border-top: 1px solid var(--line); }
 #keys dd { margin: 0; }
@@ -2165,7 +2160,7 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
 /* Other circumstances */
 @media (max-width: 48rem) {
   body, [data-sidebar=closed] body { grid-template: var(--top) 1fr / minmax(0, 1fr);
-  grid-template-areas: 'bar' 'main'; }
+    grid-template-areas: 'bar' 'main'; }
   .narrow { display: grid; } .wide, .hint { display: none; }
   #sidebar { position: fixed; width: min(20rem, 85vw); }
   #sidebar:not(:popover-open) { display: none; }
@@ -2176,19 +2171,19 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
   :root { --top: 3.5rem; }
   .round { width: 2.75rem; height: 2.75rem; }
   #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
-  align-content: center; }
+    align-content: center; }
   #message { padding-block: .625rem; } .find kbd { display: none; }
 }
-@media (prefers-reduced-motion: reduce) { *, ::before, ::after { animation: none !important;
-  transition: none !important; } }
+@media (prefers-reduced-motion: reduce) {
+  *, ::before, ::after { animation: none !important; transition: none !important; }
+}
 @media (forced-colors: active) {
   [data-role=user] .content, [aria-current], [aria-pressed=true] { border: 1px solid; }
   #choices [aria-selected=true] { outline: 2px solid; }
 }
 @media print {
-  #sidebar, #bar .round, .tag, #composer, .actions, .code figcaption button, #earlier { display: none !important; }
   :root { color-scheme: light; --page: #fff; } body { display: block; } .code pre { white-space: pre-wrap; }
-.code { break-inside: avoid; }
+  #sidebar, #bar .round, .tag, #composer, .actions, .code button, #earlier { display: none !important; }
 }
 '''
 
@@ -2310,7 +2305,7 @@ history.scrollRestoration = 'manual';
 // What a message gets once it is complete: tools for its code, local times, image links that a keyboard reaches.
 function dress(root) {
   for (const code of $$('figure.code', root)) {
-    if ($('button', code) || $('.end', code)) continue;
+    if ($('button', code) || code.closest('[id^=tail-]')) continue;
     $('figcaption', code).insertAdjacentHTML('beforeend', `
       <button class=quiet data-wrap aria-pressed=false>Wrap</button>
       <button class=quiet data-copy>Copy<span class=unseen> this code</span></button>`);
@@ -2481,7 +2476,6 @@ ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect widt
 <path fill="none" stroke="#fff" stroke-width="4" stroke-linecap="round" d="M20 22h24M20 32h24M20 42h13"/></svg>'''
 NEWS = ICON.replace('</svg>', '<circle cx="50" cy="14" r="13" fill="#e99c75" stroke="#1b1a18" stroke-width="3"/></svg>')
 WHOLE = ICON.replace(' rx="14"', '')  # a maskable icon fills its square; the drawing stays in the middle four fifths
-PAPER = {'light': '#fbfaf7', 'dark': '#1b1a18'}  # the page's colour for what stands around the page
 
 
 @functools.cache
