@@ -2039,6 +2039,7 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 #earlier { display: block; text-align: center; padding: .75rem; }
 .message { margin-top: 1rem; scroll-margin-top: var(--top); }
 .message[data-role=user]:not(:first-of-type) { margin-top: 2.25rem; }
+.said, .plain pre { white-space: pre-wrap; margin: 0; }
 .content { overflow-wrap: anywhere; font: var(--body)/1.6 var(--read); }
 .message[data-role=user] .content { width: fit-content; max-width: 100%; padding: .625rem 1rem;
   border-radius: .875rem; background: var(--card); font: var(--small)/1.6 var(--ui); }
@@ -2256,6 +2257,7 @@ function wake() {
     const wrapper = bubble['htmx-internal-data']?.webSocket, socket = wrapper?.socket;
     if (socket?.readyState !== WebSocket.OPEN || performance.now() - (bubble.heard || 0) < 2000) continue;
     socket.onclose = socket.onerror = null;
+    bubble.heard = performance.now();
     wrapper.init();
   }
 }
