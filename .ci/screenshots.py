@@ -23,7 +23,8 @@ def started(folder):
     "The app on a free port, answering."
     with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
     kept = {name: value for name, value in os.environ.items() if not name.startswith('ANTHROPIC_')}
-    app = subprocess.Popen([sys.executable, ROOT / 'main.py'], cwd=folder, env={**kept, 'PORT': str(port), 'LOG_LEVEL': 'WARNING'})
+    app = subprocess.Popen([sys.executable, ROOT / 'main.py'], cwd=folder,
+                           env={**kept, 'PORT': str(port), 'LOG_LEVEL': 'WARNING'})
     url = f'http://127.0.0.1:{port}'
     for _ in range(100):
         try: return app, urllib.request.urlopen(url + '/healthz', timeout=1) and url
