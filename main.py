@@ -2400,7 +2400,10 @@ composer.addEventListener('htmx:beforeSwap', e => { // another tab was faster, o
   location.assign(location.pathname);
 });
 composer.addEventListener('htmx:afterRequest', e => {
-  if (e.detail.xhr.status >= 200 && e.detail.xhr.status < 300) emptied();
+  if (e.detail.xhr.status < 200 || e.detail.xhr.status >= 300) return;
+  emptied();
+  const reply = $$('.message').at(-1);
+  if (reply && reply.dataset.status !== 'streaming') over(reply); // it was over before it could be shown
 });
 composer.addEventListener('htmx:sendError', () => {
   $('#notice').textContent = 'Not sent: Parley can not be reached. Your text is still here.';
