@@ -1903,6 +1903,25 @@ def test_a_failed_reply_offers_retry(view, upstream):
     view.button('retry').first.click()
     assert view.ends() == 'whole' and view.bubble(1).count() == 1 and view.bubble(2).count() == 0
 
+NODES = """id => { const walk = document.createTreeWalker(document.getElementById(id)), all = []
+    for (let n = walk.currentNode; n; n = walk.nextNode()) all.push([n.nodeName, n.nodeValue,
+        ...[...(n.attributes || [])].map(a => a.name + '=' + a.value).sort()].join('|'))
+    return all }"""
+
+@browser_test
+def test_the_streamed_page_is_node_for_node_what_a_reload_shows(view, upstream):
+    print(f'SEED={SEED}')
+    rng = random.Random(SEED)
+    late = ('See [the docs] and a note[^n], **bold** and `code`.\n\n- one\n- two\n\n```py\nx = 1\n```\n\n'
+            '| a | b |\n|---|---|\n| 1 | $x^2$ |\n\n[the docs]: https://a.example/b\n\n[^n]: A note.\n')
+    texts = [late, *(answer(rng) for _ in range(4))]
+    for depth, text in enumerate(texts):
+        said = [piece for part in pieces(text, rng, 40) for piece in (part, .01)]
+        view.send(upstream.says(*said)).ends(idx=2 * depth + 1)
+        streamed = view.page.evaluate(NODES, f'content-{2 * depth + 1}')
+        view.page.reload()
+        assert view.page.evaluate(NODES, f'content-{2 * depth + 1}') == streamed
+
 @browser_test
 def test_where_sockets_are_blocked_the_bubble_polls(profile, site, upstream):
     view = View(profile(), site.url, WATCH + '\n' + NO_SOCKETS)
