@@ -441,7 +441,7 @@ def nothing_goes_wrong_unseen(caplog):
 
 @pytest.mark.parametrize('name, value, read', [
     ('MODEL', ' claude-x\n', 'claude-x'), ('MAX_TOKENS', '77\n', 77), ('PORT', ' 8080 ', 8080), ('PORT', '  ', 5001),
-    ('HOST', '0.0.0.0', '0.0.0.0'), ('DATABASE_URL', 'sqlite:///x/y.db\n', 'sqlite:///x/y.db'),
+    ('HOST', ' localhost ', 'localhost'), ('DATABASE_URL', 'sqlite:///x/y.db\n', 'sqlite:///x/y.db'),
     ('DRAIN_SECONDS', '9', 9), ('IDLE_SECONDS', '7', 7), ('STALL_SECONDS', '8', 8), ('MAX_MESSAGE_CHARS', '10', 10),
     ('SESSION_SECRET', 's \n', 's'), ('ANTHROPIC_API_KEY', 'sk-ant-x\r\n', 'sk-ant-x'),
     ('ANTHROPIC_AUTH_TOKEN', ' t ', 't'), ('ANTHROPIC_BASE_URL', ' http://127.0.0.1:1\n', 'http://127.0.0.1:1')])
