@@ -137,7 +137,7 @@ class Settings:
     max_title_chars: int = setting(60, 'the longest title', low=2, high=400)
     max_field_chars: int = setting(1_024, 'the longest field of a form that is not a message', low=50, high=10_000)
     max_body_bytes: int = setting(4_000_000, 'the longest body of a request', low=1_000, high=200_000_000)
-    max_header_bytes: int = setting(65_536, 'the longest head of a request', low=4_096, high=1_000_000)
+    max_header_bytes: int = setting(32_768, 'the longest head of a request', low=4_096, high=1_000_000)
     max_frame_chars: int = setting(4_096, 'the longest message a page sends over a socket', low=64, high=1_000_000)
     header_seconds: float = setting(10.0, 'how long the head of a request may take', low=0.1, high=600)
     body_seconds: float = setting(60.0, 'how long the body of a request may take', low=0.1, high=3600)
@@ -2671,6 +2671,7 @@ HEADERS = {b'content-security-policy': POLICY.encode(), b'x-content-type-options
            b'cross-origin-opener-policy': b'same-origin', b'cross-origin-resource-policy': b'same-origin',
            b'permissions-policy': ', '.join(f'{name}=()' for name in UNUSED).encode()}
 OPEN = re.compile('/login|/healthz|/assets/[^/]+')  # what needs no session; the manifest is one of the assets
+FORMS = ('application/x-www-form-urlencoded', 'multipart/form-data')
 REQUEST = contextvars.ContextVar('the id of the request that is being answered', default=None)
 DAY, SMALL, LOUDEST = 86_400, 65_536, 1_024  # seconds; bytes that a stranger may send freely; bytes of a password
 
@@ -2722,7 +2723,7 @@ class Door:
         await (self.app if scope['type'] == 'lifespan' else self.entry)(scope, receive, send)
 
     async def guard(self, scope, receive, send):
-        began, status, id = time.monotonic(), 0, secrets.token_hex(8)
+        began, status, id, path = time.monotonic(), 0, secrets.token_hex(8), scope['path'][:200]
         REQUEST.set(id)
 
         async def answer(message):
@@ -2739,9 +2740,8 @@ class Door:
             if refusal and scope['type'] == 'websocket': await answer({'type': 'websocket.close'})  # becomes a 403
             else: await (refusal or self.admit)(scope, receive, answer)
         finally:
-            fields = dict(method=scope.get('method', 'SOCKET'), path=scope['path'][:200], status=status,
-                          ms=round(1000 * (time.monotonic() - began)))
-            log.info('request', extra={'fields': fields})
+            log.info('request', extra={'fields': dict(method=scope.get('method', 'SOCKET'), path=path, status=status,
+                                                      ms=round(1000 * (time.monotonic() - began)))})
 
     def objection(self, scope):
         "The one lock: the ASGI app that answers instead of ours, or None. Sets `owner` in the scope."
@@ -2751,8 +2751,11 @@ class Door:
         reads = not socket and scope['method'] in ('GET', 'HEAD')
         if not reads and not self.same(headers, scope): return PlainTextResponse('This came from another site.', 403)
         length = headers.get('content-length', '0')
-        if not length.isdecimal() or int(length[:20]) > self.settings.max_body_bytes:
-            return PlainTextResponse(f'More than {self.settings.max_body_bytes:,} bytes are too much.', 413)
+        most = 0 if reads or socket else self.settings.max_body_bytes
+        if not length.isdecimal() or int(length[:20]) > most or reads and 'transfer-encoding' in headers:
+            return PlainTextResponse(f'More than {most:,} bytes are too much here.', 413)
+        if length != '0' and not headers.get('content-type', FORMS[0]).startswith(FORMS):  # FastHTML would parse JSON
+            return PlainTextResponse('This is no form that can be read.', 415)
         session = self.session(scope)
         scope['owner'] = session.owner if session else None if self.settings.locked else OWNER
         scope['session_id'] = session and session.id
@@ -2763,15 +2766,16 @@ class Door:
 
     def for_strangers(self, scope, headers, path, reads):
         "Open paths, else the way to the login page: with where one was going, and with what one had typed."
-        if OPEN.fullmatch(path): return None if reads else self.hear_out
+        posts = not reads and scope['method'] == 'POST'
+        if OPEN.fullmatch(path): return self.hear_out if posts else None
         place = urlsplit(headers['hx-current-url']).path if 'hx-current-url' in headers else path
         if reads and 'hx-request' not in headers and scope['query_string']:
             place += '?' + scope['query_string'].decode('latin-1')
         if not reads: place = re.match('/(c/[^/]+)?', place)[0]
         way = '/login?' + urlencode({'next': own_path(place)})
         if 'hx-request' in headers: return PlainTextResponse('Sign in first.', 401, {'hx-redirect': way})
-        if not reads: return functools.partial(self.hear_out, path=way)
-        if headers.get('sec-fetch-mode', 'navigate') == 'navigate': return RedirectResponse(way, 303)
+        if posts: return functools.partial(self.hear_out, path=way)
+        if reads and headers.get('sec-fetch-mode', 'navigate') == 'navigate': return RedirectResponse(way, 303)
         return PlainTextResponse('Sign in first.', 401)
 
     async def hear_out(self, scope, receive, send, path=None):
@@ -2780,11 +2784,18 @@ class Door:
         long = int(Headers(scope=scope).get('content-length', SMALL + 1)) > SMALL
         if long and self.few.locked():
             return await PlainTextResponse('Sign in first.', 429, {'retry-after': '10'})(scope, receive, send)
-        async with self.few if long else contextlib.nullcontext(): await self.app(scope, receive, send)
+        async with self.few if long else contextlib.nullcontext(): await self.admit(scope, receive, send)
 
     async def admit(self, scope, receive, send):
-        "Run the app; a socket no longer than its session."
-        if scope['type'] == 'http': return await self.app(scope, receive, send)
+        "Run the app: a body must come in time, and a socket lives no longer than its session."
+        if scope['type'] == 'http':
+            until = time.monotonic() + self.settings.body_seconds
+
+            async def in_time():
+                try:
+                    async with asyncio.timeout(until - time.monotonic()): return await receive()
+                except TimeoutError: raise Refused(408, 'This took too long to arrive. Send it again.') from None
+            return await self.app(scope, in_time, send)
         session = self.sessions.get(scope['session_id'])
         try:
             async with asyncio.timeout(session and self.left(session)) as until:
@@ -2900,19 +2911,15 @@ def by_htmx(req): return 'hx-request' in req.headers and 'hx-history-restore-req
 
 async def form_of(req: Request) -> dict[str, str]:
     """The fields of a posted form, read from the body itself: FastHTML's injected parameters can be overridden by a
-    cookie or a header of the same name. Raises `Refused` 422 what is no text, 413 a long field, 408 a slow body."""
-    limits = parley(req).settings
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            if 'multipart' in req.headers.get('content-type', ''):
-                parts = await req.form(max_files=20, max_fields=20, max_part_size=limits.max_body_bytes)
-                form = {name: value for name, value in parts.items() if isinstance(value, str)}
-            else:
-                body = (await req.body()).decode()
-                form = dict(parse_qsl(body, keep_blank_values=True, errors='strict', max_num_fields=20))
-    except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
-    except TimeoutError: raise Refused(408, 'This took too long to arrive. Send it again.') from None
-    if all(len(value) <= limits.max_field_chars for name, value in form.items() if name != 'message'): return form
+    cookie or a header of the same name. Raises `Refused` 422 what is no text, 413 a long field."""
+    if 'multipart' in req.headers.get('content-type', ''):
+        form = {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
+    else:
+        body = await req.body()
+        try: form = dict(parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=20))
+        except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
+    most = parley(req).settings.max_field_chars
+    if all(len(value) <= most for name, value in form.items() if name != 'message'): return form
     raise Refused(413, 'A field of this form is too long.', form.get('message', ''))
 
 
@@ -3109,7 +3116,8 @@ async def refused(req, error):
     if by_htmx(req): return PlainTextResponse(error.words, error.status, headers)
     typed = error.typed
     if req.method == 'POST' and not typed:
-        with contextlib.suppress(Refused, HTTPException): typed = (await form_of(req)).get('message', '')
+        with contextlib.suppress(Refused, HTTPException, RuntimeError):  # the body may have been read by half
+            typed = (await form_of(req)).get('message', '')
     return HTMLResponse(to_xml(Page('Parley', [], look=look_of(req), typed=typed, notice=error.words)), error.status,
                         headers)
 
@@ -3197,18 +3205,6 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
     return door
 
 
-class Server(uvicorn.Server):
-    "Drains before it closes its sockets: SIGTERM lets running replies end for a while, Ctrl-C does not wait."
-    async def shutdown(self, sockets=None):
-        here = self.config.app.state.parley
-        until = time.monotonic() + (here.settings.drain_seconds if signal.SIGTERM in self._captured_signals else 0)
-        here.turns.closing = True
-        while here.turns.running and time.monotonic() < until and not self.force_exit:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)  # uvicorn's flag for a second signal is no event to wait for
-        await here.turns.close()
-        await super().shutdown(sockets)
-
-
 class Connection(HttpToolsProtocol):
     "uvicorn's, but the head of a request must come in time and end: its own waits for ever, for any number of bytes."
     def connection_made(self, transport):
@@ -3227,6 +3223,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self):
         self.late.cancel()
         self.head = None
+        size = len(self.url) + sum(len(part) for pair in self.headers for part in pair)
+        if size > self.config.app.settings.max_header_bytes: raise ValueError  # a 400
         super().on_headers_complete()
 
     def data_received(self, data):
@@ -3238,6 +3236,26 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, error):
         self.late.cancel()
         super().connection_lost(error)
+
+
+def serving(app: Door) -> uvicorn.Config:
+    "How uvicorn serves it: bounded, quiet, without banners. Proxies are the Door's matter."
+    settings = app.settings
+    return uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
+                          proxy_headers=False, http=Connection, ws_max_size=64 * settings.max_frame_chars,
+                          timeout_graceful_shutdown=2)
+
+
+class Server(uvicorn.Server):
+    "Drains before it closes its sockets: SIGTERM lets running replies end for a while, Ctrl-C does not wait."
+    async def shutdown(self, sockets=None):
+        here = self.config.app.state.parley
+        until = time.monotonic() + (here.settings.drain_seconds if signal.SIGTERM in self._captured_signals else 0)
+        here.turns.closing = True
+        while here.turns.running and time.monotonic() < until and not self.force_exit:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # uvicorn's flag for a second signal is no event to wait for
+        await here.turns.close()
+        await super().shutdown(sockets)
 
 
 class JsonLines(logging.Formatter):
@@ -3273,10 +3291,7 @@ def main():
     except Unusable as error: raise SystemExit(f'{settings.database}: {error}') from None
     if settings.demo: log.info('no key is set: the demo model answers')
     log.info('Parley is at http://%s:%s', settings.host, settings.port)
-    config = uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
-                            proxy_headers=False, http=Connection, ws_max_size=64 * settings.max_frame_chars,
-                            timeout_graceful_shutdown=2)
-    with contextlib.suppress(KeyboardInterrupt): Server(config).run()
+    with contextlib.suppress(KeyboardInterrupt): Server(serving(app)).run()
 
 
 if __name__ == '__main__' and not NOTEBOOK: main()

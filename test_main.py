@@ -389,9 +389,8 @@ class Site:
         self.url, self.upstream, self.db = f'http://127.0.0.1:{port}', upstream, folder / 'parley.db'
         self.settings = dataclasses.replace(main.Settings.read({}), **{
             'api_key': 'test', 'database_url': f'sqlite:///{self.db}', 'port': port, 'drain_seconds': 0, **settings})
-        app = main.create_app(self.settings, http=None if demo else httpx2.AsyncClient(transport=upstream))
-        config = uvicorn.Config(app, log_config=None, ws_max_size=2**18, timeout_graceful_shutdown=3)
-        self.server = uvicorn.Server(config)
+        self.door = main.create_app(self.settings, http=None if demo else httpx2.AsyncClient(transport=upstream))
+        self.server = uvicorn.Server(main.serving(self.door))
         self.thread = threading.Thread(target=self.server.run, kwargs={'sockets': [listener]}, daemon=True)
         self.thread.start()
         assert eventually(lambda: self.server.started or not self.thread.is_alive()) and self.server.started
