@@ -2087,7 +2087,8 @@ def Login(place, notice='', typed=''):
         Head(Meta(charset='utf-8'), Title('Sign in to Parley'), Link(rel='stylesheet', href=asset('parley.css')),
              Meta(name='viewport', content='width=device-width, initial-scale=1'),
              Meta(name='color-scheme', content='light dark'), Link(rel='icon', href=asset('icon.svg'))),
-        Body(Form(H1('Parley'), Label('Password', _for='password'),
+        Body(Form(H1('Parley'), Input(name='username', value='Parley', autocomplete='username', hidden=True),
+                  Label('Password', _for='password'),
                   Input(type='password', id='password', name='password', autocomplete='current-password',
                         required=True, autofocus=True, maxlength=1024),
                   Button('Sign in'), P(notice, role='alert'), Input(type='hidden', name='next', value=place),
@@ -2670,6 +2671,9 @@ HEADERS = {b'content-security-policy': POLICY.encode(), b'x-content-type-options
            b'referrer-policy': b'no-referrer', b'x-frame-options': b'DENY', b'cache-control': b'no-store',
            b'cross-origin-opener-policy': b'same-origin', b'cross-origin-resource-policy': b'same-origin',
            b'permissions-policy': ', '.join(f'{name}=()' for name in UNUSED).encode()}
+# Over plain http from another machine browsers say where a form came from in Origin alone, and say `null` there when
+# the policy is no-referrer; same-origin tells other sites no more.
+OVER_HTTP, AT_HOME = {b'referrer-policy': b'same-origin'}, r'(localhost|127\.0\.0\.1|\[::1\])(:\d+)?$'
 OPEN = re.compile('/login|/healthz|/assets/[^/]+')  # what needs no session; the manifest is one of the assets
 FORMS = ('application/x-www-form-urlencoded', 'multipart/form-data')
 REQUEST = contextvars.ContextVar('the id of the request that is being answered', default=None)
@@ -2731,6 +2735,7 @@ class Door:
             if message['type'] == 'http.response.start':
                 there, mine = {name for name, _ in message['headers']}, HEADERS | {b'x-request-id': id.encode()}
                 if self.secure(scope): mine[b'strict-transport-security'] = b'max-age=31536000'
+                elif not re.match(AT_HOME, Headers(scope=scope).get('host', '')): mine |= OVER_HTTP
                 message['headers'] = [*message['headers'], *[pair for pair in mine.items() if pair[0] not in there]]
             status = message.get('status') or message.get('code') or status
             await send(message)
