@@ -1791,7 +1791,7 @@ class LiveReply:
                 self.finished = True
             self._add(changes)
 
-    def _new(self): return islice(self.turn.pieces, self.read, None)
+    def _new(self): return self.turn.pieces[self.read:]
 
     def _read(self):
         text, self.read = ''.join(self._new()), len(self.turn.pieces)
