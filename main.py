@@ -2752,8 +2752,12 @@ async def refused(req, error):
     typed = error.typed
     if req.method == 'POST' and not typed:
         with contextlib.suppress(Refused, HTTPException): typed = (await form_of(req)).get('message', '')
-    return HTMLResponse(to_xml(Page('Parley', [], look=look_of(req), typed=typed, notice=error.words)), error.status,
-                        headers)
+    listed = []
+    with contextlib.suppress(Unusable): listed = await parley(req).store.conversations(OWNER)
+    words = None if typed else Div(H2(error.words), P(A('A new conversation', href='/')), id='empty')
+    notice = error.words if typed else ''  # beside the text that is still there, or in the middle of an empty page
+    return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice)),
+                        error.status, headers)
 
 
 # %% [markdown]
