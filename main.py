@@ -2237,6 +2237,7 @@ function news(is) {
 }
 
 function poll(bubble) { // a copy, so that the extension finds the element of its socket gone
+  bubble['htmx-internal-data'].webSocket.init = () => {}; // its next try is on the clock already
   const copy = bubble.cloneNode(true), url = bubble.dataset.poll;
   copy.removeAttribute('ws-connect');
   copy.removeAttribute('hx-ext');
@@ -2479,7 +2480,8 @@ if (matchMedia('(pointer: fine)').matches) box.focus({ preventScroll: true });
 arrive();
 '''
 
-ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" rx="14" fill="#a3451d"/>
+ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
+<rect width="64" height="64" rx="14" fill="#a3451d"/>
 <path fill="none" stroke="#fff" stroke-width="4" stroke-linecap="round" d="M20 22h24M20 32h24M20 42h13"/></svg>'''
 NEWS = ICON.replace('</svg>', '<circle cx="50" cy="14" r="13" fill="#e99c75" stroke="#1b1a18" stroke-width="3"/></svg>')
 WHOLE = ICON.replace(' rx="14"', '')  # a maskable icon fills its square; the drawing stays in the middle four fifths
@@ -2709,7 +2711,8 @@ async def ask(req, conversation_id: str):
 @rt.post('/c/{conversation_id}/stop')
 async def stop(req, conversation_id: str):
     await parley(req).turns.stop(OWNER, conversation_id)
-    return Response(status_code=204) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
+    place = show.to(conversation_id=conversation_id)
+    return Response(status_code=204) if by_htmx(req) else RedirectResponse(place, 303)
 
 
 @rt.post('/c/{conversation_id}/retry')
@@ -2851,7 +2854,8 @@ class Server(uvicorn.Server):
         here = self.config.app.state.parley
         until = time.monotonic() + (here.settings.drain_seconds if signal.SIGTERM in self._captured_signals else 0)
         here.turns.closing = True
-        while here.turns.running and time.monotonic() < until and not self.force_exit: await asyncio.sleep(0.05)
+        while here.turns.running and time.monotonic() < until and not self.force_exit:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # uvicorn's flag for a second signal is no event to wait for
         await here.turns.close()
         await super().shutdown(sockets)
 

@@ -1,0 +1,2052 @@
+"""The tests of Parley, told in the order of main.py.
+
+    python -m pytest                    everything
+    python -m pytest -m "not browser"   without Chromium
+
+A fake Claude stands at the HTTP transport, so the real SDK sends, parses and fails; its stream can wait at a `Gate` or
+hang on purpose. The app runs under a real uvicorn on a free port, and a `Tab` is a text-only browser: it loads a page,
+opens the socket the page asks for and applies the fragments as htmx would. Nothing is replaced inside `main`.
+SEED=n repeats a run of the chaos and crash tests; n is printed when one of them fails.
+"""
+import ast
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import html.parser
+import http.server
+import importlib.util
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import httpx2
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+import main
+
+SEED = int(os.environ.get('SEED', 20261122))
+DEADLINE = 15           # seconds: the longest that any single wait of a test may take
+LIVE, ENDED = 'streaming', {'done', 'stopped', 'interrupted', 'failed'}
+SOURCE = Path(main.__file__).resolve()
+number = itertools.count(1).__next__
+browser_test = pytest.mark.browser
+
+
+# ---- The fake Claude: events of the Messages API, at the transport or behind a real socket --------------------------
+
+def event(kind, **data):
+    return f'event: {kind}\ndata: {json.dumps({"type": kind, **data})}\n\n'.encode()
+
+def delta(text): return event('content_block_delta', index=0, delta={'type': 'text_delta', 'text': text})
+
+def end(reason='end_turn'):
+    stop = {'stop_reason': reason, 'stop_sequence': None}
+    return (event('content_block_stop', index=0) + event('message_delta', delta=stop, usage={'output_tokens': 9})
+            + event('message_stop'))
+
+def error(kind): return event('error', error={'type': kind, 'message': 'canary-of-the-upstream'})
+
+START = (event('message_start', message={
+    'id': 'msg_1', 'type': 'message', 'role': 'assistant', 'model': 'claude-test', 'content': [], 'stop_reason': None,
+    'stop_sequence': None, 'usage': {'input_tokens': 3, 'output_tokens': 1}})
+    + event('content_block_start', index=0, content_block={'type': 'text', 'text': ''}))
+PING = event('ping')
+HANG = object()         # the stream stays open and says nothing more
+
+
+class Gate:
+    "The stream waits here until the test opens it."
+    def __init__(self): self.opened = concurrent.futures.Future()
+    def open(self): self.opened.set_result(None)
+
+
+@dataclasses.dataclass
+class Answer:
+    """One HTTP answer: text is sent as deltas, a tuple of text in one piece, bytes as they are, a number waits so many
+    seconds, an exception breaks the connection. `before` may be an exception, a Gate or HANG: no headers until then."""
+    steps: list
+    status: int = 200
+    headers: dict = dataclasses.field(default_factory=dict)
+    before: object = None
+
+def paced(words, pause): return [step for word in words for step in (word, pause)]
+
+def says(*steps, stop='end_turn'): return Answer([START, *steps, end(stop)])
+def raw(*steps, status=200, before=None, **headers):
+    return Answer(list(steps), status, {k.replace('_', '-'): v for k, v in headers.items()}, before)
+def refuses(status, **headers):
+    told = 'too long' if status in (400, 413) else 'canary-of-the-upstream'
+    body = json.dumps({'type': 'error', 'error': {'type': 'x_error', 'message': told}}).encode()
+    return raw(body, status=status, content_type='application/json', **headers)
+
+
+class Call:
+    def __init__(self, body, headers):
+        self.body, self.headers, self.said, self.at = body, headers, '', time.monotonic()
+        self.closed = threading.Event()     # the app has let go of the connection
+
+    @property
+    def question(self): return words(self.body['messages'][-1]['content'])
+
+    @property
+    def questions(self): return [words(m['content']) for m in self.body['messages'] if m['role'] == 'user']
+
+    def encode(self, step):
+        if isinstance(step, bytes): return step
+        pieces = (step,) if isinstance(step, str) else step
+        self.said += ''.join(pieces)
+        return b''.join(map(delta, pieces))
+
+def words(content): return content if isinstance(content, str) else ''.join(b.get('text', '') for b in content)
+
+
+class Upstream(httpx2.AsyncBaseTransport):
+    """Claude as the tests need him. `says` and `plays` make a new question with its own answer, or one answer after
+    the other for one try after the other; the last one stays. Any other question is answered by its echo."""
+    def __init__(self): self.plans, self.calls = {}, []
+
+    def says(self, *steps, stop='end_turn'): return self.plays(says(*steps, stop=stop))
+
+    def plays(self, *answers):
+        question = f'question {number()}'
+        self.plans[question] = list(answers)
+        return question
+
+    def called(self, question): return [c for c in list(self.calls) if question in c.questions[-1:]]
+
+    def answer(self, body, headers):
+        call = Call(json.loads(body), headers)
+        question = call.questions[-1]
+        tries = len(self.called(question))
+        self.calls.append(call)
+        plan = self.plans.get(question) or [says('You said: ' + question[:200])]
+        return call, plan[min(tries, len(plan) - 1)]
+
+    async def handle_async_request(self, request):
+        call, answer = self.answer(await request.aread(), request.headers)
+        try: await wait(answer.before)
+        except BaseException:
+            call.closed.set()
+            raise
+        headers = {'content-type': 'text/event-stream', **answer.headers}
+        return httpx2.Response(answer.status, headers=headers, stream=Body(call, answer.steps), request=request)
+
+
+class Body(httpx2.AsyncByteStream):
+    def __init__(self, call, steps): self.call, self.steps = call, steps
+
+    async def __aiter__(self):
+        for step in self.steps:
+            if isinstance(step, (str, bytes, tuple)): yield self.call.encode(step)
+            else: await wait(step)
+
+    async def aclose(self): self.call.closed.set()
+
+async def wait(step):
+    if isinstance(step, BaseException): raise step
+    if isinstance(step, (int, float)): await asyncio.sleep(step)
+    if step is HANG: await asyncio.Event().wait()
+    if isinstance(step, Gate): await asyncio.shield(asyncio.wrap_future(step.opened))
+
+
+class Wire(http.server.ThreadingHTTPServer):
+    "The same Claude behind a real socket, for servers in a process of their own."
+    daemon_threads, block_on_close = True, False
+
+    def __init__(self, upstream):
+        super().__init__(('127.0.0.1', 0), Talk)
+        self.upstream, self.url = upstream, f'http://127.0.0.1:{self.server_port}'
+        threading.Thread(target=self.serve_forever, kwargs={'poll_interval': .05}, daemon=True).start()
+
+    def handle_error(self, *_): pass        # a killed client breaks the pipe; that is the point
+
+class Talk(http.server.BaseHTTPRequestHandler):
+    timeout = 60
+
+    def log_message(self, *_): pass
+
+    def do_POST(self):
+        call, answer = self.server.upstream.answer(self.rfile.read(int(self.headers['content-length'])), self.headers)
+        self.send_response(answer.status)
+        for header in {'content-type': 'text/event-stream', **answer.headers}.items(): self.send_header(*header)
+        self.end_headers()
+        try:
+            for step in answer.steps: self.play(call, step)
+        finally: call.closed.set()
+
+    def play(self, call, step):
+        if isinstance(step, Gate): step.opened.result(60)
+        elif step is HANG: self.connection.recv(1)
+        elif isinstance(step, (int, float)): time.sleep(step)
+        else: self.wfile.write(call.encode(step))
+
+
+# ---- The people: a tab that applies fragments, a conversation, a person with a cookie jar ---------------------------
+
+VOID = set('area base br col embed hr img input link meta source track wbr'.split())
+
+class Node:
+    def __init__(self, tag='', attrs=(), parent=None):
+        self.tag, self.attrs, self.parent, self.children = tag, dict(attrs), parent, []
+
+    def walk(self):
+        yield self
+        for child in self.children:
+            if isinstance(child, Node): yield from child.walk()
+
+    def all(self, test): return [node for node in self.walk() if test(node)]
+    def find(self, id): return next(iter(self.all(lambda n: n.attrs.get('id') == id)), None)
+
+    @property
+    def text(self):
+        "Its words, without those of a fold, which are the page's own."
+        return ''.join(c if isinstance(c, str) else c.text for c in self.children) if self.tag != 'summary' else ''
+
+    def put(self, children, at=None):
+        at = len(self.children) if at is None else at
+        self.children[at:at] = children
+        for child in children:
+            if isinstance(child, Node): child.parent = self
+
+
+class Page(html.parser.HTMLParser):
+    "A document as a tree, changed by out-of-band fragments the way htmx 2 changes it."
+    def __init__(self, text):
+        super().__init__()
+        self.root = self.here = Node()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        node = Node(tag, attrs, self.here)
+        self.here.children.append(node)
+        if tag not in VOID: self.here = node
+
+    def handle_endtag(self, tag):
+        node = self.here
+        while node.parent and node.tag != tag: node = node.parent
+        if node.parent: self.here = node.parent
+
+    def handle_data(self, data): self.here.children.append(data)
+
+    def apply(self, frame):
+        for node in Page(frame).root.children:
+            if not isinstance(node, Node): continue
+            style, _, selector = node.attrs.get('hx-swap-oob', 'true').partition(':')
+            target = self.root.find(selector.removeprefix('#') or node.attrs.get('id'))
+            assert target, f'htmx:oobErrorNoTarget {node.attrs}'
+            self.swap(style, target, node)
+
+    def swap(self, style, target, node):
+        outer, here = target.parent, target.parent.children.index(target)
+        if style in ('innerHTML', 'textContent'): target.children.clear()
+        if style in ('true', 'outerHTML', 'delete'): outer.children.pop(here)
+        match style:
+            case 'true' | 'outerHTML': outer.put([node], here)
+            case 'innerHTML' | 'textContent' | 'beforeend': target.put(node.children)
+            case 'afterbegin': target.put(node.children, 0)
+            case 'beforebegin': outer.put(node.children, here)
+            case 'afterend': outer.put(node.children, here + 1)
+            case 'delete': pass
+            case _: raise AssertionError(f'unknown swap {style}')
+
+
+class Tab:
+    "One open page with its socket. `code` is the close code, None while the socket is open or when there is none."
+    def __init__(self, chat, html, idx=None):
+        self.page, self.code, self.socket, self.frames = Page(html), None, None, 0
+        bubbles = self.page.root.all(lambda n: n.attrs.get('data-role') == 'assistant')
+        self.idx = int(bubbles[-1].attrs['id'].removeprefix('msg-')) if idx is None else idx
+        self.status = self.bubble.attrs.get('data-status')
+        if path := self.bubble.attrs.get('ws-connect'): self.socket = chat.person.socket(path)
+
+    @property
+    def bubble(self): return self.page.root.find(f'msg-{self.idx}')
+    @property
+    def text(self): return plain(self.page.root.find(f'content-{self.idx}').text)
+    @property
+    def said(self): return plain(self.page.root.text)
+
+    def read(self, timeout=DEADLINE):
+        "Applies one frame; False when the socket is closed."
+        if self.code is not None or not self.socket: return False
+        try: frame = self.socket.recv(timeout)
+        except ConnectionClosed as closed:
+            self.code = closed.rcvd.code if closed.rcvd else 1006
+            return False
+        self.page.apply(frame)
+        self.frames += 1
+        for node in Page(frame).root.walk(): self.status = node.attrs.get('data-status', self.status)
+        return True
+
+    def until(self, words):
+        while plain(words) not in self.said: assert self.read(), f'closed {self.code} before {words!r}: {self.said}'
+        return self
+
+    def ends(self):
+        late = time.monotonic() + 2 * DEADLINE
+        while self.read(): assert time.monotonic() < late, 'the socket never closes'
+        return self
+
+    def drop(self):
+        "The network goes away: no close frame."
+        if not self.socket: return
+        with contextlib.suppress(OSError): self.socket.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        self.code = 1006
+
+def plain(text): return ' '.join(text.split())
+def bubbles(html): return Page(html).root.all(lambda n: n.attrs.get('data-role'))
+def a_sentence(answer): return re.search(r'\w+ \w+ \w+', Page(answer.text).root.text)
+
+
+class Chat:
+    "A conversation as one person sees it; `html` is the last fragment the server answered with."
+    def __init__(self, person, id, html): self.person, self.id, self.html = person, id, html
+
+    def post(self, path='', **form): return self.person.post(f'/c/{self.id}{path}', **form)
+
+    def say(self, message, **form):
+        answer = self.post(message=message, **form)
+        assert answer.status_code == 200, (answer.status_code, answer.text)
+        self.html = answer.text
+        return self
+
+    def retry(self):
+        answer = self.post('/retry')
+        assert answer.status_code == 200, (answer.status_code, answer.text)
+        self.html = answer.text
+        return self
+
+    def stop(self): return self.post('/stop')
+    def page(self): return self.person.get(f'/c/{self.id}').text
+    def tab(self, idx=None): return Tab(self, self.page(), idx)         # a fresh load
+    def watch(self): return Tab(self, self.html)                        # what htmx does with the answer of a POST
+
+    @property
+    def messages(self): return self.person.get(f'/c/{self.id}.json').json()['messages']
+    @property
+    def reply(self): return self.messages[-1]
+
+    def ended(self):
+        "The reply once it has ended: the last row as it is saved."
+        assert self.tab().ends().code in (None, 1000)
+        return self.reply
+
+
+class Person:
+    "A browser profile: a cookie jar and the Origin of the page it is on."
+    def __init__(self, url):
+        self.url = url
+        self.http = httpx.Client(base_url=url, headers={'Origin': url}, timeout=DEADLINE, trust_env=False)
+
+    def get(self, path, **headers): return self.http.get(path, headers=headers)
+
+    def post(self, path, htmx=True, headers=(), **form):
+        headers = {**({'HX-Request': 'true'} if htmx else {}), **dict(headers)}
+        return self.http.post(path, data=form, headers=headers)
+
+    def ask(self, message, **form):
+        answer = self.post('/', message=message, **form)
+        assert answer.status_code == 200, (answer.status_code, answer.text)
+        return Chat(self, answer.headers['HX-Push-Url'].rpartition('/')[2], answer.text)
+
+    def socket(self, path, origin=..., **options):
+        cookie = '; '.join(f'{c.name}={c.value}' for c in self.http.cookies.jar)
+        return connect(self.url.replace('http', 'ws', 1) + path, origin=self.url if origin is ... else origin,
+                       additional_headers={'Cookie': cookie} if cookie else None, proxy=None, max_size=None,
+                       ping_interval=None, open_timeout=DEADLINE, close_timeout=1, legacy=True, **options)
+
+
+class Site:
+    "The app under a real uvicorn in a thread, on a free port, with the fake Claude."
+    def __init__(self, folder, upstream, demo=False, **settings):
+        listener = socket.create_server(('127.0.0.1', 0))
+        port = listener.getsockname()[1]
+        self.url, self.upstream, self.db = f'http://127.0.0.1:{port}', upstream, folder / 'parley.db'
+        self.settings = dataclasses.replace(main.Settings.read({}), **{
+            'api_key': 'test', 'database_url': f'sqlite:///{self.db}', 'port': port, 'drain_seconds': 0, **settings})
+        app = main.create_app(self.settings, http=None if demo else httpx2.AsyncClient(transport=upstream))
+        config = uvicorn.Config(app, log_config=None, ws_max_size=2**18, timeout_graceful_shutdown=3)
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, kwargs={'sockets': [listener]}, daemon=True)
+        self.thread.start()
+        assert eventually(lambda: self.server.started or not self.thread.is_alive()) and self.server.started
+
+    def person(self): return Person(self.url)
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(DEADLINE)
+        assert not self.thread.is_alive(), 'the server does not end'
+
+
+@pytest.fixture(scope='module')
+def upstream(): return Upstream()
+
+@pytest.fixture(scope='module')
+def new_site(tmp_path_factory, upstream):
+    "A site with settings of its own."
+    with contextlib.ExitStack() as stack:
+        def start(folder=None, **settings):
+            site = Site(folder or tmp_path_factory.mktemp('site'), upstream, **settings)
+            stack.callback(site.stop)
+            return site
+        yield start
+
+@pytest.fixture(scope='module')
+def site(new_site): return new_site()
+
+@pytest.fixture(scope='module')
+def impatient(new_site):
+    "Half a second of silence, a second and a half of pings, and it gives up; a message has 1000 characters."
+    return new_site(idle_seconds=.5, stall_seconds=1.5, max_message_chars=1000).person()
+
+@pytest.fixture
+def me(site): return site.person()
+
+@pytest.fixture(autouse=True)
+def nothing_goes_wrong_unseen(caplog):
+    "No handler may end in a traceback and no task may die unheard, whatever a test looks at."
+    yield
+    bad = [r.getMessage() for r in caplog.get_records('call') if r.name in ('uvicorn.error', 'asyncio')
+           and (r.exc_info or r.levelno >= logging.ERROR)]
+    assert not bad, bad
+
+
+# ---- Settings -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, value, read', [
+    ('MODEL', ' claude-x\n', 'claude-x'), ('MAX_TOKENS', '77\n', 77), ('PORT', ' 8080 ', 8080), ('PORT', '  ', 5001),
+    ('HOST', '0.0.0.0', '0.0.0.0'), ('DATABASE_URL', 'sqlite:///x/y.db\n', 'sqlite:///x/y.db'),
+    ('DRAIN_SECONDS', '9', 9), ('IDLE_SECONDS', '7', 7), ('STALL_SECONDS', '8', 8), ('MAX_MESSAGE_CHARS', '10', 10),
+    ('SESSION_SECRET', 's \n', 's'), ('ANTHROPIC_API_KEY', 'sk-ant-x\r\n', 'sk-ant-x'),
+    ('ANTHROPIC_AUTH_TOKEN', ' t ', 't'), ('ANTHROPIC_BASE_URL', ' http://127.0.0.1:1\n', 'http://127.0.0.1:1')])
+def test_a_setting_is_read_and_stripped(name, value, read):
+    settings = main.Settings.read({name: value})
+    assert getattr(settings, name.removeprefix('ANTHROPIC_').lower()) == read
+
+def test_every_setting_has_a_default_that_works():
+    s = main.Settings.read({})
+    assert (s.host, s.port, s.database_url) == ('127.0.0.1', 5001, 'sqlite:///data/parley.db')
+    assert (s.drain_seconds, s.idle_seconds, s.stall_seconds, s.max_message_chars) == (3, 60, 600, 200_000)
+    assert s.model and s.max_tokens > 0 and not s.api_key and not s.auth_token
+
+@pytest.mark.parametrize('name, value', [
+    ('PORT', 'many'), ('PORT', '70000'), ('PORT', '-1'), ('MAX_TOKENS', 'ten'), ('MAX_TOKENS', '0'),
+    ('IDLE_SECONDS', 'soon'), ('STALL_SECONDS', '-1'), ('DRAIN_SECONDS', 'nan'), ('MAX_MESSAGE_CHARS', '1e9'),
+    ('LOG_LEVEL', 'loud'), ('DATABASE_URL', 'postgres://me:canary@host/db'), ('DATABASE_URL', 'canary'),
+    ('ANTHROPIC_BASE_URL', 'canary'),
+    ('ANTHROPIC_API_KEY', 'sk-ant-\ncanary'), ('ANTHROPIC_AUTH_TOKEN', 'tok\x00canary')])
+def test_a_setting_that_cannot_be_read_ends_the_start_in_one_line(name, value):
+    with pytest.raises(SystemExit) as ended: main.Settings.read({name: value})
+    said = str(ended.value)
+    assert name in said and 'canary' not in said and '\n' not in said.strip()
+
+def test_settings_do_not_print_their_secrets():
+    secrets = dict.fromkeys(('ANTHROPIC_API_KEY', 'ANTHROPIC_AUTH_TOKEN', 'SESSION_SECRET'), 'canary')
+    assert 'canary' not in repr(main.Settings.read(secrets))
+
+
+# ---- Store: what is on the disk, seen from another process ----------------------------------------------------------
+
+LOOK = 'import json,sqlite3,sys; db=sqlite3.connect(f"file:{sys.argv[1]}?mode=ro",uri=True); ' \
+       'print(json.dumps(db.execute(sys.argv[2]).fetchall()))'
+
+def python(code, *args):
+    "What another process prints: two libraries of SQLite on one file in one process would break its locks."
+    return subprocess.check_output([sys.executable, '-c', code, *map(str, args)], timeout=DEADLINE).decode()
+
+def rows(db, sql): return json.loads(python(LOOK, db, sql))
+
+def test_both_rows_exist_before_the_first_byte(site, me, upstream):
+    chat = me.ask(upstream.plays(raw(before=HANG)))
+    found = rows(site.db, 'select id, parent, idx, role, status, owner from message '
+                          f"where conversation = '{chat.id}' order by idx")
+    (q, _, *question, owner), (r, parent, *reply, owner_too) = found
+    assert parent == q != r and question == [0, 'user', 'done'] and reply == [1, 'assistant', LIVE]
+    assert owner and owner == owner_too
+    chat.stop()
+
+def test_a_conversation_is_a_chain_of_parents(site, me, upstream):
+    chat = me.ask(upstream.says('one'))
+    chat.ended(), chat.say(upstream.says('two')).ended()
+    chain = rows(site.db, f"select id,parent from message where conversation='{chat.id}' order by idx")
+    assert [parent for _, parent in chain] == [None, *(id for id, _ in chain[:-1])]
+
+def test_a_burst_is_a_few_pieces_and_they_are_folded_at_the_end(site, me, upstream):
+    gate = Gate()
+    chat = me.ask(upstream.says(*[('word ',) * 100] * 20, 'so far ', gate, 'end'))
+    chat.tab().until('so far')
+    count = f"select count(*) from piece where message in (select id from message where conversation='{chat.id}')"
+    assert 0 < rows(site.db, count)[0][0] < 100         # of 2001 deltas
+    gate.open()
+    assert chat.ended()['content'] == 'word ' * 2000 + 'so far end'
+    assert rows(site.db, count) == [[0]]
+
+COMMITS = '''import struct, sys
+wal = open(sys.argv[1] + '-wal', 'rb').read(); page, salt = struct.unpack('>I', wal[8:12])[0], wal[16:24]
+frames = [wal[at:at + 24] for at in range(32, len(wal) - 23, page + 24)]
+print(sum(1 for f in frames if f[8:16] == salt and f[4:8] != bytes(4)))'''
+
+def commits(db): return int(python(COMMITS, db))
+
+def test_all_running_replies_share_one_transaction_a_tick(new_site, upstream):
+    site = new_site()
+    me, gate, before = site.person(), Gate(), commits(site.db)
+    chats = [me.ask(upstream.says(gate, *paced(['tick '] * 300, .002))) for _ in range(8)]
+    asked = commits(site.db)
+    start = time.monotonic()
+    gate.open()
+    assert {chat.ended()['content'] for chat in chats} == {'tick ' * 300}
+    ticks = (time.monotonic() - start) / .03
+    assert before < asked and commits(site.db) - asked <= ticks + 8 * 3      # eight of their own would be 8 * ticks
+
+def test_the_database_and_all_beside_it_are_private(new_site, tmp_path):
+    site = new_site(tmp_path / 'data')
+    site.person().ask('hello').ended()
+    assert stat.S_IMODE(os.stat(tmp_path / 'data').st_mode) == 0o700
+    files = {f.name: stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / 'data').iterdir()}
+    assert 'parley.db' in files and set(files.values()) == {0o600}, files
+
+
+# ---- Claude: history in, events out ---------------------------------------------------------------------------------
+
+def test_what_is_sent_upstream(site, me, upstream):
+    chat = me.ask(question := upstream.says('Hello.'))
+    chat.ended(), chat.say(second := upstream.says('Again.')).ended()
+    call, = upstream.called(second)
+    assert [(m['role'], words(m['content'])) for m in call.body['messages']] \
+        == [('user', question), ('assistant', 'Hello.'), ('user', second)]
+    assert call.body['model'] == site.settings.model and call.body['max_tokens'] == site.settings.max_tokens
+    assert call.body['stream'] is True and 'test' in (call.headers.get('authorization') or call.headers['x-api-key'])
+
+@pytest.mark.parametrize('steps, kept', [(['half of it', HANG], 'half of it'), ([HANG], None), ([' \n', HANG], None)])
+def test_a_partial_reply_is_sent_as_text_and_never_as_a_prefill(me, upstream, steps, kept):
+    chat = me.ask(first := upstream.says(*steps))
+    tab = chat.watch().until(kept or '')
+    assert chat.stop().status_code < 400
+    tab.ends(), chat.say(second := upstream.says('fine')).ended()
+    sent = [(m['role'], words(m['content'])) for m in upstream.called(second)[0].body['messages']]
+    assert sent[0][1].startswith(first) and sent[-1][0] == 'user' and sent[-1][1].endswith(second)
+    assert [text for role, text in sent if role == 'assistant'] == ([kept] if kept else [])
+    assert all(text.strip() for _, text in sent)
+
+LINES = 'naïve 🙂 中文\u2028 \x85 \x0c "quoted" \\ {"a": 1}\ndata: no\n\nevent: no'
+
+@pytest.mark.parametrize('end_of_line', ['\n', '\r\n'])
+@pytest.mark.parametrize('cut', [1, 2, 3, 7, 64, 100_000])
+def test_events_are_read_whole_wherever_the_stream_is_cut(me, upstream, cut, end_of_line):
+    stream = START + PING + b': a comment\n\n' + b''.join(delta(piece) for piece in re.split('(?<= )', LINES)) + end()
+    stream += delta('after the end')
+    stream = json_unescaped(stream).replace('\n', end_of_line).encode()
+    chat = me.ask(upstream.plays(raw(*(stream[at:at + cut] for at in range(0, len(stream), cut)))))
+    assert (chat.ended()['content'], chat.reply['status']) == (LINES, 'done')
+
+def json_unescaped(stream):
+    "The same events with characters as they are: a line of an event stream ends at CR and LF only."
+    def show(line):
+        return 'data: ' + json.dumps(json.loads(line[6:]), ensure_ascii=False) if line.startswith('data:') else line
+    return '\n'.join(show(line) for line in stream.decode().split('\n'))
+
+def test_other_spellings_of_an_event_stream_are_read(me, upstream):
+    lines = (START + delta('terse') + end()).split(b'\n')
+    terse = b''.join(b'data:' + line[6:] + b'\n\n' for line in lines if line[:5] == b'data:')
+    assert me.ask(upstream.plays(raw(terse))).ended()['content'] == 'terse'
+
+def test_half_a_character_from_upstream_does_no_harm(me, upstream):
+    chat = me.ask(upstream.says('a ', '\ud83d', '\ude00', ' b \ud800 c'))
+    assert chat.ended()['status'] == 'done' and chat.reply['content'].startswith('a ')
+    assert chat.reply['content'].endswith(' c') and 'content-1' in chat.page()
+
+def test_thinking_is_not_text(me, upstream):
+    think = event('content_block_start', index=0, content_block={'type': 'thinking', 'thinking': '', 'signature': ''}) \
+        + event('content_block_delta', index=0, delta={'type': 'thinking_delta', 'thinking': 'hm'}) \
+        + event('content_block_delta', index=0, delta={'type': 'signature_delta', 'signature': 'x'}) \
+        + event('content_block_stop', index=0) + event('something_new', index=0)
+    assert me.ask(upstream.says(think, 'Yes.')).ended()['content'] == 'Yes.'
+
+
+# ---- Claude's faults: all are started together, then looked at one by one -------------------------------------------
+
+BUSY, TRYING, RETRY, ANY = r'(?i)busy|overloaded|reach', r'(?i)trying again in \d', r'(?i)retry', r'\w'
+KEY, FOREIGN_API = r'(?i)\bkey\b', r'(?i)messages api'
+BROKEN = [kind('canary') for kind in (httpx2.ReadError, httpx2.RemoteProtocolError, httpx2.ReadTimeout, ValueError,
+                                      KeyError, IndexError, RuntimeError, OSError, AssertionError)]
+DEEP = b'event: content_block_delta\ndata: ' + b'[' * 100_000 + b'\n\n'
+
+# name: (answers, statuses allowed, text kept, calls, words the person reads)
+FAULTS = {
+    **{f'status {n}': ([refuses(n)], 'failed', '', 1, KEY) for n in (401, 403)},
+    **{f'status {n}': ([refuses(n)], 'failed', '', 3, BUSY) for n in (429, 529, 500, 503)},
+    **{f'status {n}': ([refuses(n)], 'failed', '', 1, ANY) for n in (400, 404, 413)},
+    'connection refused': ([raw(before=httpx2.ConnectError('canary'))], 'failed', '', 3, BUSY),
+    'busy, then well': ([refuses(529), refuses(500), says('well')], 'done', 'well', 3, 'well'),
+    'retry-after is obeyed': ([refuses(429, retry_after='2'), says('well')], 'done', 'well', 2, 'well'),
+    'retry-after of a day': ([refuses(429, retry_after='86400')], 'failed', '', 1, r'\d'),
+    'retry-after of rubbish': ([refuses(429, retry_after='canary'), says('well')], 'done', 'well', 2, 'well'),
+    'error before text': ([raw(START, error('overloaded_error'))], 'failed', '', 3, BUSY),
+    'error, then well': ([raw(error('api_error')), says('well')], 'done', 'well', 2, 'well'),
+    'error after text': ([raw(START, 'half', error('overloaded_error'))], 'interrupted', 'half', 1, RETRY),
+    'no message_stop': ([raw(START, 'half')], 'interrupted', 'half', 1, RETRY),
+    'no message_stop, only the end of the block':
+        ([raw(START, 'half', event('content_block_stop', index=0))], 'interrupted', 'half', 1, RETRY),
+    'cut inside an event': ([raw(START, 'half', delta('lost')[:-9])], 'interrupted', 'half', 1, ANY),
+    **{f'{type(e).__name__} in mid-stream': ([raw(START, 'half', e)], 'interrupted', 'half', 1, RETRY) for e in BROKEN},
+    **{f'{type(e).__name__} at once': ([raw(before=e)], 'failed interrupted', '', None, RETRY) for e in BROKEN},
+    'bad JSON': ([raw(START, 'half', b'data: {oops\n\n')], 'interrupted', 'half', 1, ANY),
+    'deep JSON': ([raw(START, 'half', DEEP)], 'interrupted', 'half', 1, ANY),
+    'bad UTF-8': ([raw(START, 'half', b'data: "\xff\xfe\n\n')], 'interrupted', 'half', 1, ANY),
+    **{f'event {body!r}': ([raw(START, 'half', b'event: content_block_delta\ndata: ' + body + b'\n\n', end())],
+                           'interrupted done', 'half', 1, 'half')
+       for body in (b'[]', b'5', b'null', b'"x"', b'{}', b'{"type": "content_block_delta", "delta": null}',
+                    b'{"type": "content_block_delta", "delta": {"type": "text_delta", "text": 5}}')},
+    'one JSON body': ([raw(json.dumps({'id': 'm', 'type': 'message', 'role': 'assistant', 'stop_reason': 'end_turn',
+                      'content': [{'type': 'text', 'text': 'x'}]}).encode(), content_type='application/json')],
+                      'failed', '', 1, FOREIGN_API),
+    'HTML': ([raw(b'<html><script>canary</script>', content_type='text/html')], 'failed', '', 1, FOREIGN_API),
+    'rubbish': ([raw(b'\x00\xff\x1f canary' * 99)], 'failed', '', 1, FOREIGN_API),
+    'nothing at all': ([raw()], 'failed interrupted', '', None, RETRY),
+    'max_tokens': ([says('half', stop='max_tokens')], 'done', 'half', 1, r'(?i)half.*(limit|length|token|max)'),
+    'refusal': ([says('half', stop='refusal')], 'done', 'half', 1, r'(?i)half.*(refus|declin)'),
+    'context': ([says('half', stop='model_context_window_exceeded')], 'done', 'half', 1, r'(?i)half.*(context|long)'),
+    'pause_turn': ([says('one, ', stop='pause_turn'), says('two')], 'done', 'one, two', 2, 'one, two'),
+    'pause_turn without end': ([says('x', stop='pause_turn')], 'done interrupted', None, None, ANY)}
+
+# these wait for the impatient site
+SILENCES = {
+    'silence': ([raw(START, 'half', HANG)], 'interrupted', 'half', 1, RETRY),
+    'silence before text': ([raw(START, HANG)], 'interrupted failed', '', None, RETRY),
+    'silence before headers': ([raw(before=HANG)], 'interrupted failed', '', None, RETRY),
+    'nothing but pings': ([raw(START, 'half', *paced([PING] * 60, .2), end())], 'interrupted', 'half', 1, RETRY),
+    'an endless line': ([raw(START, 'half', b': ', *paced([b'x'] * 60, .2), b'\n', end())], 'interrupted', 'half', 1,
+                        ANY)}
+
+@pytest.fixture(scope='module')
+def faults(site, impatient, upstream):
+    me = site.person()
+    started = {name: (me, upstream.plays(*row[0])) for name, row in FAULTS.items()}
+    started |= {name: (impatient, upstream.plays(*row[0])) for name, row in SILENCES.items()}
+    chats = {name: (person.ask(question), question) for name, (person, question) in started.items()}
+    return {name: (chat, chat.watch(), question) for name, (chat, question) in chats.items()}
+
+@pytest.mark.parametrize('fault', [*FAULTS, *SILENCES])
+def test_a_fault_of_claude_is_said_in_words_and_loses_nothing(faults, upstream, fault):
+    _, statuses, kept, calls, read = {**FAULTS, **SILENCES}[fault]
+    chat, tab, question = faults[fault]
+    assert tab.ends().code in (1000, None)          # None: it had ended before the answer of the POST was made
+    asked, reply = chat.messages
+    assert (asked['content'], asked['status']) == (question, 'done')
+    assert reply['status'] == tab.status in statuses.split()
+    assert kept is None or reply['content'] == kept
+    assert tab.text == plain(reply['content']) == chat.tab().text
+    fresh = Page(chat.page()).root.find('msg-1')
+    assert re.search(read, plain(fresh.text), re.S), fresh.text
+    assert 'canary' not in tab.said + chat.page() and 'Traceback' not in chat.page()
+    assert calls == len(upstream.called(question)) or calls is None and len(upstream.called(question)) < 30
+    assert all(call.closed.wait(DEADLINE) for call in upstream.called(question))
+
+@pytest.mark.parametrize('fault', ['status 529', 'error before text', 'connection refused', 'busy, then well'])
+def test_waiting_for_the_next_try_is_shown(upstream, me, fault):
+    chat = me.ask(upstream.plays(*FAULTS[fault][0]))
+    tab = chat.watch()
+    while not re.search(TRYING, tab.said): assert tab.read(), tab.said
+    chat.stop(), tab.ends()
+    assert not re.search(TRYING, tab.said) and chat.reply['status'] == 'stopped'
+
+def test_retry_after_is_waited_for(faults, upstream):
+    chat, _, question = faults['retry-after is obeyed']
+    first, second = (chat.ended(), upstream.called(question))[1]
+    assert second.at - first.at >= 2
+
+
+# ---- Turns: the heart -----------------------------------------------------------------------------------------------
+
+def test_a_reply_outlives_the_tab_that_asked(me, upstream):
+    gate = Gate()
+    chat = me.ask(question := upstream.says('half ', gate, 'whole'))
+    chat.watch().until('half').drop()
+    gate.open()
+    assert (chat.ended()['content'], len(upstream.called(question))) == ('half whole', 1)
+
+def test_a_reply_nobody_watches_is_written(me, upstream):
+    chat = me.ask(question := upstream.says('alone'))
+    assert eventually(lambda: chat.reply['status'] == 'done') and len(upstream.called(question)) == 1
+
+def test_a_reply_that_ends_at_once_is_shown_whole_everywhere(me, upstream):
+    for _ in range(20):
+        chat = me.ask(upstream.says('at once'))
+        assert chat.watch().ends().text == chat.tab().text == 'at once' == chat.reply['content']
+
+def eventually(look, late=DEADLINE):
+    until = time.monotonic() + late
+    while not (seen := look()) and time.monotonic() < until: time.sleep(.01)
+    return seen
+
+def test_the_first_piece_is_shown_at_once_and_the_rest_in_frames(me, upstream):
+    gate, pieces = Gate(), ['piece '] * 400
+    chat = me.ask(upstream.says('first ', gate, *paced(pieces, .001)))
+    tab = chat.watch().until('first')
+    gate.open()
+    assert tab.ends().text == plain('first ' + ' '.join(pieces)) and tab.frames < 150
+
+def test_two_viewers_end_with_the_same_text(me, upstream):
+    middle, last = Gate(), Gate()
+    chat = me.ask(question := upstream.says('one ', middle, 'two ', last, 'three'))
+    early = chat.watch().until('one')
+    middle.open()
+    late = chat.tab().until('two')
+    last.open()
+    assert early.ends().text == late.ends().text == 'one two three' and early.code == late.code == 1000
+    assert len(upstream.called(question)) == 1
+
+def test_text_is_in_the_database_before_any_tab_sees_it(site, me, upstream):
+    gates = [Gate() for _ in range(5)]
+    chat = me.ask(upstream.says(*(step for n, gate in enumerate(gates) for step in (f'word{n} ', gate))))
+    tab = chat.watch()
+    for n, gate in enumerate(gates):
+        tab.until(f'word{n}')
+        assert plain(chat.reply['content']) == tab.text
+        held = rows(site.db, 'select text from piece p join message m on m.id = p.message '
+                             f"where conversation = '{chat.id}' order by seq")
+        assert plain(''.join(text for text, in held)) == tab.text
+        gate.open()
+
+def test_a_finished_reply_gives_its_final_state_and_closes_cleanly(me, upstream):
+    chat = me.ask(upstream.says('all of it'))
+    chat.ended()
+    late = chat.watch().ends()
+    assert (late.code, late.text, late.status) == (1000, 'all of it', 'done')
+
+@pytest.mark.parametrize('steps', [
+    [HANG], ['half ', HANG], ['half ', *paced([PING] * 400, .05)], ['half ', *paced(['more '] * 4000, .005)]])
+def test_stop_keeps_the_text_and_closes_the_connection(me, upstream, steps):
+    chat = me.ask(question := upstream.says(*steps))
+    tab = chat.watch().until(steps[0] if steps[0] is not HANG else '')
+    eventually(lambda: upstream.called(question))
+    asked = time.monotonic()
+    assert chat.stop().status_code in (200, 204, 303)
+    call, = upstream.called(question)
+    assert call.closed.wait(2) and time.monotonic() - asked < 2        # 300 ms are promised
+    kept, tab = chat.reply, tab.ends()
+    assert (tab.code, tab.status, kept['status']) == (1000, 'stopped', 'stopped')
+    assert tab.text == plain(kept['content']) and call.said.startswith(kept['content'])
+    assert chat.say(upstream.says('next')).ended() and chat.messages[1] == kept      # it never grows again
+
+def test_stop_is_heard_before_claude_has_answered_at_all(me, upstream):
+    chat = me.ask(question := upstream.plays(raw(before=HANG)))
+    assert eventually(lambda: upstream.called(question)) and chat.stop().status_code < 400
+    assert upstream.called(question)[0].closed.wait(DEADLINE) and chat.ended()['status'] == 'stopped'
+
+def test_stop_is_heard_over_the_socket_while_a_reply_streams(me, upstream):
+    chat = me.ask(question := upstream.says('half ', HANG))
+    watcher, tab = chat.tab(), chat.watch().until('half')
+    tab.socket.send('{"action": "stop", "HEADERS": {"HX-Request": "true"}}')
+    assert (tab.ends().code, tab.status, watcher.ends().status) == (1000, 'stopped', 'stopped')
+    assert upstream.called(question)[0].closed.wait(DEADLINE) and chat.reply['content'] == 'half '
+
+def test_stop_during_the_wait_for_a_retry(me, upstream):
+    chat = me.ask(question := upstream.plays(refuses(529, retry_after='12')))
+    tab = chat.watch().until('trying again')
+    chat.stop()
+    assert (tab.ends().status, chat.reply['status'], len(upstream.called(question))) == ('stopped', 'stopped', 1)
+
+def test_stop_is_harmless_when_nothing_runs(me, upstream):
+    chat = me.ask(upstream.says('done'))
+    before = chat.ended()
+    assert chat.stop().status_code in (200, 204, 303) and chat.reply == before
+
+def test_a_second_message_is_refused_while_a_reply_runs(me, upstream):
+    chat = me.ask(upstream.says('half ', HANG))
+    for path, form in [('', {'message': 'impatient'}), ('/retry', {})]:
+        refused = chat.post(path, **form)
+        assert refused.status_code == 409 and a_sentence(refused)
+    assert len(chat.messages) == 2
+    chat.stop()
+
+def test_a_send_with_the_same_key_is_the_same_send(me, upstream):
+    chat = me.ask(upstream.says('first'))
+    chat.ended()
+    one = chat.post(message=(question := upstream.says('once')), key='key-1')
+    two = chat.post(message=question, key='key-1')
+    chat.ended()
+    three = chat.post(message=question, key='key-1')
+    assert {one.status_code, two.status_code, three.status_code} == {200}
+    assert [[n.attrs['id'] for n in bubbles(a.text)] for a in (one, two, three)] == [['msg-2', 'msg-3']] * 3
+    assert len(chat.messages) == 4 and len(upstream.called(question)) == 1
+    assert 'ws-connect' not in three.text
+    assert chat.post(message='another text', key='key-1').status_code == 409 and len(chat.messages) == 4
+
+@pytest.mark.parametrize('new', [True, False])
+def test_ten_posts_at_once_with_one_key_are_one_question(me, upstream, new):
+    chat = None if new else me.ask(upstream.says('first'))
+    if chat: chat.ended()
+    question, path = upstream.says('once'), '/' if new else f'/c/{chat.id}'
+    with concurrent.futures.ThreadPoolExecutor(10) as crowd:
+        answers = list(crowd.map(lambda _: me.post(path, message=question, key=f'key-{question}'), range(10)))
+    assert {a.status_code for a in answers} == {200}, [a.status_code for a in answers]
+    where = {a.headers.get('HX-Push-Url') for a in answers} if new else {path}
+    chat = Chat(me, where.pop().rpartition('/')[2], '')
+    assert not where and chat.ended()['content'] == 'once'
+    assert len(chat.messages) == (2 if new else 4) and len(upstream.called(question)) == 1
+
+def test_ten_different_posts_at_once_start_one_reply(me, upstream):
+    chat = me.ask(upstream.says('first'))
+    chat.ended()
+    questions = [upstream.says('half ', HANG) for _ in range(10)]
+    with concurrent.futures.ThreadPoolExecutor(10) as crowd:
+        codes = list(crowd.map(lambda q: chat.post(message=q).status_code, questions))
+    assert sorted(codes) == [200] + [409] * 9 and len(chat.messages) == 4
+    assert eventually(lambda: sum(len(upstream.called(q)) for q in questions)) == 1
+    chat.stop()
+
+def test_retry_writes_a_new_reply_at_the_same_index_and_deletes_nothing(site, me, upstream):
+    chat = me.ask(question := upstream.plays(raw(START, 'half'), says('whole')))
+    chat.ended(), chat.retry()
+    assert (chat.ended()['content'], chat.reply['idx'], chat.reply['status']) == ('whole', 1, 'done')
+    assert [m['content'] for m in chat.messages] == [question, 'whole'] and chat.tab().text == 'whole'
+    saved = rows(site.db, f"select content from message where conversation='{chat.id}' and idx=1 order by rowid")
+    assert saved == [['half'], ['whole']]
+    assert upstream.called(question)[1].body['messages'] == upstream.called(question)[0].body['messages']
+
+def test_a_reader_that_stops_reading_holds_a_bounded_amount(tmp_path, wire, upstream):
+    gate, text = Gate(), ('lorem ' * 40,) * 100
+    with Server(tmp_path, ANTHROPIC_BASE_URL=wire.url, ANTHROPIC_API_KEY='test') as server:
+        chat = server.person().ask(upstream.says('go ', gate, *[text] * 80))                # 1.9 MB
+        reader, path = chat.watch().until('go'), f'/ws/chat/{chat.id}/1'
+        deaf = [chat.person.socket(path, sock=small_socket(server.port)) for _ in range(40)]
+        before = server.memory()
+        gate.open()
+        assert len(reader.ends().text) > 1_900_000 and reader.status == 'done'
+        assert server.memory() - before < 60e6              # forty queues of 2 MB would be more than 80
+        slow = Tab(chat, chat.html)
+        slow.socket = deaf[0]
+        assert slow.ends().code == 1000 and slow.text == reader.text
+
+def small_socket(port):
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(('127.0.0.1', port))
+    return sock
+
+
+# ---- Words: tables, properties, an oracle; nothing is timed, work is counted in characters parsed --------------------
+
+CORPUS = json.loads((SOURCE.parent / '.ci' / 'hostile.json').read_text())
+# Every construct in a few characters; `⏎` is a line end.
+SMALL = [text.replace('⏎', '\n') for text in (
+    'a', '[<https://a.b> c](https://d.e)', '[![x](http://a.b/c)](<d@e.f>)', 'a b⏎c', 'a  ⏎b', 'a\\⏎b', '# a',
+    '## a ##⏎b', '#a', '####### a', 'a⏎===', 'a⏎---⏎b', '---', '* * *', '- - -⏎- a', '___',
+    '    code⏎⏎    more⏎⏎no', '\tcode', '```⏎a⏎```', '~~~py⏎x=1⏎~~~⏎b', '```⏎open', '```py⏎⏎⏎x⏎``⏎````⏎b',
+    '  ```⏎  a⏎   b⏎  ```',
+    '> a⏎b⏎⏎c', '> a⏎> > b⏎> c', '>⏎a', '> ```⏎> a⏎b', '> # a⏎- b', '- a⏎- b⏎⏎c', '- a⏎⏎- b', '- a⏎⏎  b⏎⏎c',
+    '1. a⏎2. b', '3) a⏎4) b⏎1. c',
+    'a⏎2. b', 'a⏎1. b', '-⏎⏎  a', '- a⏎  - b⏎    - c⏎- d', '* a⏎+ b⏎- c', '1. a⏎⏎2', '1. a⏎⏎2. b', '10. a⏎    b',
+    '- ```⏎  a⏎  ```⏎- b',
+    '- [ ] a⏎- [x] b⏎- [y] c', '*a* **b** ***c***', '_a_ __b__ a_b_c', '**a *b** c*', '*a', '**a** b*', '~~a~~ ~b~',
+    '`a` ``b`c``', '`a', '`` ` ``',
+    '\\*a\\* \\`b', '&amp; &lt;b&gt; &#65; &#x42; &nope; &am', '<b>a</b>', '<div>⏎a⏎</div>', '<!-- a -->',
+    '[a](https://b.c)', '[a](https://b.c "t")',
+    '[a](<https://b.c/d e>)', '[a](/b)', '[a]()', '[a](javascript:b)', '[a *b* `c`](https://d.e) f',
+    '[a][b]⏎⏎[b]: https://c.d', '[a]⏎⏎[a]: https://b.c⏎"t"',
+    "[a]: https://b.c⏎'t⏎u'⏎⏎[a]", "[a]: https://b.c⏎'t⏎===⏎u⏎⏎v'⏎⏎[a]", '[a]: https://b.c⏎[a]: https://d.e⏎[a]',
+    '[A b]⏎⏎[a⏎B]: https://b.c',
+    '[a⏎===⏎b⏎]: https://c.d⏎⏎x', '- [a⏎  ===⏎b⏎]: https://c.d⏎⏎x', '> [a]: https://b.c⏎⏎[a]',
+    '- [a]: https://b.c⏎- [a]', '[a] b⏎⏎# h⏎[a]: https://b.c⏎"t',
+    '![a](https://b.c/d.png)', '![a](d.png) ![b][c]⏎⏎[c]: http://d.e', '[![a](https://b.c/d.png)](https://e.f)',
+    '<https://a.b> <c@d.e> <javascript:a>',
+    'https://a.b/c. (http://d.e/f(g)) xhttps://a.b www.a.b', '**https://a.b/c** https://a.b/*c*',
+    '|a|b|⏎|-|-|⏎|1|2|⏎⏎c', 'a|b⏎:-|-:⏎1|2|3⏎4', '|a|⏎|-|⏎# b',
+    'a⏎|b|⏎|-|⏎|c|', '|a|b|⏎|-|', '| a \\| b | `c` |⏎|-|-|', '- a⏎|b|⏎|-|', 'a[^1]⏎⏎[^1]: b',
+    '[^b] [^a] [^c]⏎⏎[^a]: x[^d]⏎⏎[^b]: y⏎⏎    z⏎⏎[^d]: w⏎⏎u',
+    '[^1]: a⏎[^1]: b⏎⏎c[^1]', '[^1]: a[^1]⏎⏎b[^1]', '- [^1]: a⏎⏎b[^1]', '[^1] unknown', '[^x] word',
+    '$a$ $b^2$ $5 and $6', '$a $ $ a$ \\$a\\$ $a$1',
+    '$$a$$', '$$⏎a⏎$$⏎b', '$$⏎a⏎+ b⏎⏎c $$', '$$a$$ b', '\\[⏎a⏎\\]', '\\(a\\) \\[b\\] \\(c', '- $$⏎  a⏎  $$⏎- b', '$$⏎a',
+    'a⏎$$⏎b⏎$$⏎c', '$\\frac{$ $\\unknown{a}$',
+    'a\rb\r\nc\r\r\nd', '\0a', 'a\u2028b\x85c\x0cd', '\ufdd0 \ufdd1', '\ufeffa', 'é́ 👩‍👩‍👧 漢字*字*', ' ', '⏎⏎a⏎⏎⏎⏎b⏎⏎',
+    '   a⏎    b', '\ta⏎- \tb⏎\t\tc',
+    'a⏎⏎  ', '```⏎a⏎  ', '- a⏎⏎⏎⏎- b⏎⏎⏎c', '> a⏎⏎> b', '* a⏎⏎  * b⏎⏎⏎    c', '1. a⏎   ```⏎⏎   b⏎⏎   ```⏎⏎   c⏎2. d')]
+HAND = [
+    'Short answer: **yes**.', 'It costs $5 to $10, say 7 €.\n\nWhy? See <https://a.b>.',
+    '## Steps\n\n1. Install:\n   ```bash\n   pip install x\n   ```\n2. Run it:\n\n'
+    '   ```bash\n   x --go\n   ```\n\n   It prints `ok`.\n3. Done\n\nThat is all.',
+    'Euler: $e^{i\\pi}+1=0$, or\n\n$$\n\\int_0^1 x\\,dx = \\frac{1}{2}\n$$\n\nwhere \\(x\\) is real.',
+    '| Name | Size |\n|:-----|-----:|\n| `a.py` | 12 |\n| **b** | 3 |\n\nBoth are small.',
+    '> Quote\n> more\n\n> again\n\n---\n\nEnd',
+    'As [1] and [the docs] say.[^a]\n\n'
+    '[1]: https://one.example/x "One"\n[the docs]: https://docs.example\n[^a]: A note with `code`.\n',
+    '- [x] first\n- [ ] second\n  - nested *one*\n\n    with a paragraph\n- third',
+    '```html\n<script>alert(1)</script>\n```\n\n```\n  plain\n\n```',
+    'Regex: `[^1]` and [^abc] stay, `a|b` too.\r\n\r\n- one\r\n- two\r\n',
+    '日本語の段落です。**太字**と`コード`。\n\n1. 一\n2. 二\n',
+    '# T\n## U\n### V\ntext\n***\n']
+
+
+def answer(rng):
+    """A reply such as a model writes, from a handful of building blocks."""
+    def some(low, high): return ' '.join(rng.choice(('the', 'value', 'of', '**bold one**', '`f(x)`', 'and', 'it,', 'is',
+        "don't", 'so.', '*very*', '$x_1$',
+        '[a link](https://e.example/p)', 'https://u.example/q', 'snake_case', 'AT&T', '3 < 4', '👍', 'é', '[ref]',
+        'x[^1]', '5 * 3')) for _ in range(rng.randint(low, high)))
+    kinds = (lambda: some(10, 60), lambda: '#' * rng.randint(1, 4) + ' ' + some(1, 5), lambda: '\n'.join('- ' + some(2,
+        12) for _ in range(rng.randint(2, 7))),
+             lambda: '\n'.join(f'{i}. {some(2, 9)}\n   - {some(1, 4)}' for i in range(1, rng.randint(2, 6))),
+                 lambda: '> ' + some(5, 20),
+             lambda: '```python\ndef f(x):\n    """Doc."""\n\n    return [x] * 2\n```',
+                 lambda: '| a | b |\n|---|---|\n' + '\n'.join(f'| {some(1, 3)} | {i} |' for i in range(3)),
+             lambda: '$$\n\\frac{a}{b} + c\n$$', lambda: '---', lambda: '[ref]: https://r.example/x',
+                 lambda: '[^1]: ' + some(3, 9))
+    return rng.choice(('\n', '\r\n')).join('\n\n'.join(rng.choice(kinds)() for _ in range(rng.randint(3,
+    14))).split('\n'))
+
+
+def pieces(text, rng, most=200):
+    while text:
+        n = rng.randint(1, most)
+        yield text[:n]
+        text = text[n:]
+
+
+def watch(parts):
+    """A page that does what the changes say and nothing else. -> (its blocks at the end, the typesetter)"""
+    setter, blocks, tail = main.Typesetter(), [], ''
+    for part in [*parts, None]:
+        for change in setter.finish() if part is None else setter.feed(part):
+            match change:
+                case main.Block(markup): blocks.append(markup)
+                case main.Tail(markup): tail = markup
+                case main.Text(text): tail = tail.replace(main.MARK, html.escape(text) + main.MARK)
+                case main.Mend(n, markup):
+                    assert part is None
+                    blocks[n] = markup
+        assert tail.count(main.MARK) <= 1 and ''.join(blocks) + tail == setter.html()
+    assert tail == ''
+    return blocks, setter
+
+
+def elements(markup):
+    """[(tag, attributes)] as an HTML parser reads them, and the depth at the end."""
+    found, open_ = [], []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: (found.append((tag, dict(attributes))),
+        open_.append(tag) if tag not in ('br', 'hr') else None)
+    parser.handle_endtag = lambda tag: open_.pop()
+    parser.feed(markup)
+    parser.close()
+    return found, open_
+
+
+def is_one_element(markup):
+    opened = re.findall(r'<(/?)(?!br|hr)\w+[^>]*>|<hr>', markup)  # '' opens, '/' closes
+    depths = list(itertools.accumulate(-1 if slash else 1 for slash in opened))
+    whole = markup == '<hr>' or depths and depths.index(0) == len(depths) - 1
+    return markup[0] == '<' and markup[-1] == '>' and whole
+
+
+ATTRIBUTES = {'class', 'href', 'title', 'target', 'rel', 'start', 'tabindex', 'data-src', *main.MATH_ATTRIBUTES}
+TAGS = {*'p h1 h2 h3 h4 h5 h6 strong em s code a ul ol li blockquote hr br table thead tbody tr th td div span sup'
+        ' section pre figure figcaption details summary'.split(), *main.MATH}
+
+
+def assert_harmless(markup):
+    found, open_ = elements(markup)
+    assert not open_
+    for tag, attributes in found:
+        assert tag in TAGS and set(attributes) <= ATTRIBUTES, (tag, attributes)
+        if tag == 'a': assert attributes['rel'] == 'noopener noreferrer nofollow' and attributes['target'] == '_blank'
+        for url in (attributes.get('href'), attributes.get('data-src')):
+            assert url is None or urlsplit(url).scheme in ('http', 'https', 'mailto')
+
+
+@pytest.mark.parametrize('text', SMALL + HAND)
+def test_pieces_of_any_size_end_as_a_reload_shows(text):
+    whole = main.render(text)
+    for most in (1, 2, 5, 30): assert watch(pieces(text, random.Random(f'{SEED}{text}'), most))[0] == whole, SEED
+    assert all(is_one_element(html) for html in whole)
+
+
+def test_realistic_answers_end_as_a_reload_shows():
+    print('seed', SEED)
+    for i in range(40):
+        rng = random.Random(f'{SEED}{i}')
+        text = answer(rng)
+        assert watch(pieces(text, rng))[0] == main.render(text), text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from('` * _ [ ] ( ) # - > | : $ \\ ~ ^ ! < & ; = \' " a b 1. [a]: [^1] [^1]: $$ ``` === https://a.b'
+                                .split() + ['\n', '\n\n', ' ', '\t', '\r', '    '])))
+def test_any_markup_in_any_pieces_ends_as_a_reload_shows(parts):
+    assert watch(parts)[0] == main.render(''.join(parts))
+
+
+@pytest.mark.parametrize('text', SMALL + HAND)
+def test_the_division_into_blocks_changes_nothing(text):
+    """The oracle: one run of the library over all tokens of the text, written in one go."""
+    env = main.surroundings({}, {}, {}) | {'aside': [], 'formulas': 0}
+    state, _, notes = main.parse(main.normal(text), env)
+    for note in notes: env['notes'].setdefault(note.label, note)
+    inside = [id(token) for note in notes for token in note.tokens]
+    tokens = [token for token in state.tokens if id(token) not in inside and not token.type.startswith('footnote')]
+    whole = main.write(main.Part(tokens, '', [0, 0]), env) if tokens else ''
+    def bare(text): return text.replace('\n<', '<').replace('>\n', '>')
+    assert bare(''.join(main.render(text))) == bare(whole + ''.join(main.notes_section(env)))
+
+
+def test_a_closed_block_is_seen_before_the_reply_ends():
+    setter = main.Typesetter()
+    changes = setter.feed('# One\n\nTwo *three*\n\nFour')
+    assert changes == [main.Block('<h1>One</h1>'), main.Block('<p>Two <em>three</em></p>'),
+                       main.Tail(f'<p>Four{main.MARK}</p>')]
+    assert setter.feed(' and more, plainly. ') == [main.Text(' and more, plainly. ')]
+
+
+def test_a_definition_that_comes_late_mends_what_had_closed():
+    setter = main.Typesetter()
+    assert setter.feed('[a]\n\nb\n\n[a]: https://c.d\n')[0] == main.Block('<p>[a]</p>')
+    assert [change.n for change in setter.finish() if isinstance(change, main.Mend)] == [0]
+
+
+@pytest.mark.parametrize('text, shown', [
+    ('a **b', f'<p>a <strong>b{main.MARK}</strong></p>'), ('a `b*', '<p>a <code>b</code></p>'), ('a **', '<p>a </p>'),
+    ('see [the do', f'<p>see the do{main.MARK}</p>'),
+    ('see [x](https://a', '<p>see x</p>'), ('- ', ''), ('#', ''), ('a\n-', '<p>a</p>'), ('```', ''), ('$x^',
+    f'<p><code class="math">x^{main.MARK}</code></p>'), ('AT&am', '<p>AT</p>')])
+def test_an_unfinished_end_shows_no_raw_syntax(text, shown):
+    setter = main.Typesetter()
+    setter.feed(text)
+    assert setter.tail.replace(' </p>', '</p>') == shown.replace(' </p>', '</p>')
+
+
+def test_an_open_fence_grows_by_letters_alone():
+    setter = main.Typesetter()
+    assert [type(change) for change in setter.feed('```py\n')] == [main.Tail]
+    assert setter.feed('x = *1*\n``') == [main.Text('x = *1*\n')]
+    assert [type(change) for change in setter.feed('`\n')] == [main.Block, main.Tail]
+
+
+@pytest.mark.parametrize('case', [case for case in CORPUS if case['where'] in ('model_output',
+    'message') and case.get('enc') in (None, 'repeat')
+                                  and isinstance(case['payload'], (str, list))], ids=lambda case: case['id'])
+def test_hostile_text_is_harmless(case):
+    payload = case['payload']
+    if isinstance(payload, list): payload = payload[0] + payload[1] * min(payload[2], 2_000) + payload[3]
+    setter = main.Typesetter()
+    for piece in pieces(payload, random.Random(SEED), max(7, len(payload) // 50)):
+        setter.feed(piece)
+        assert_harmless(setter.html())
+    for markup in (*main.render(payload), main.render_user(payload)): assert_harmless(markup)
+
+
+@pytest.mark.parametrize('latex', [
+    r'\text{</mtext><img src=x onerror=1>}', r'\text{<script>1</script>}', r'\href{javascript:1}{x}',
+    r'\style{color:red}{x}', r'\class{x}{y}',
+    r'\text{&lt;img src=x&gt;}', r'</math><img src=x>', r'\color{red" onclick="1}{x}', '{' * 900 + '}' * 900,
+    r'\sqrt' * 300 + 'x', r'\text{<style><!--</style>}'])
+def test_nothing_gets_out_of_a_formula(latex):
+    for markup in (*main.render(f'a ${latex}$ b'), *main.render(f'$$\n{latex}\n$$')):
+        assert_harmless(markup)
+        assert not {'img', 'script', 'style'} & {tag for tag, _ in elements(markup)[0]}
+
+
+@pytest.mark.parametrize('text, told', [
+    ('[good.com](https://evil.com)', 'evil.com'), ('[good.com](https://good.com/x)', ''), ('[a](https://evil.com)', ''),
+    ('<https://good.com@evil.com>', 'evil.com'),
+    ('[good.com](https://good.com@evil.com)', 'evil.com'), ('[аpple.com](https://аpple.com)', 'xn--pple-43d.com'),
+    ('[www.a.com](https://a.com)', ''),
+    ('[x@good.com](mailto:x@evil.com)', 'evil.com'), ('[docs.a.com](https://a.com)', 'a.com'),
+    ('[good.com](https://evil.com\\@good.com)', None)])
+def test_a_link_that_pretends_is_told(text, told):
+    html = ''.join(main.render(text))
+    if told is not None: assert re.findall(r'<span class="host">\((.*?)\)</span>', html) == [told] * bool(told)
+
+
+@pytest.mark.parametrize('code', ['', 'a', '\na', '\n\n a\t\n\n', '<b>&amp;"', '\ufeffx = 1', 'x = """a\nb"""\n',
+    '\x0c\x0b\u2028'])
+@pytest.mark.parametrize('name', ['', 'python', 'html', 'nonsense', 'c++'])
+def test_code_keeps_every_character(code, name):
+    figure, found = main.figure(code, name), []
+    parser = html.parser.HTMLParser()
+    parser.handle_data = found.append
+    parser.feed(figure[figure.index('<code>') + 6:figure.index('</code>')])
+    parser.close()
+    assert ''.join(found) == code
+
+
+def test_a_persons_words_are_shown_as_written():
+    assert main.render_user('*a* <b>\n b') == '<p class="said">*a* &lt;b&gt;\n b</p>'
+    assert '<figure class="code"><figcaption>py</figcaption>' in main.render_user('see\n```py\nx\n```\nso')
+    assert [main.render_user('a\n' * lines).count('<details>') for lines in (20, 40)] == [0, 1]
+
+
+LONG = {'prose': 'Some words, and more of them. ' * 20 + '\n\n', 'fence': 'some code\n', 'items': '- an item *here*\n',
+    'rows': '|some|cells|\n', 'quotes': '>' * 500 + '\n', 'brackets': '[' * 50,
+        'definitions': '[a]: /x\n', 'line': 'word ', 'stars': '*a ', 'ticks': '` `` ', 'notes': '[^1]: a\n',
+        'formulas': '$a$ $', 'entities': '&', 'fake ends': '``` x\n'}
+
+
+@pytest.mark.parametrize('kind', LONG)
+def test_the_work_grows_with_the_length_only(kind):
+    def work(n):
+        text = {'fence': '```\n', 'rows': '|a|b|\n|-|-|\n'}.get(kind, '') + (LONG[kind] * n)[:n]
+        setter = main.Typesetter()
+        for i in range(0, len(text), 40): setter.feed(text[i:i + 40])
+        setter.finish()
+        return setter.work / len(text)
+    assert work(10_000) < (3 if kind in ('fence', 'line') else 24)
+
+
+def test_what_is_too_long_is_shown_unstyled_with_a_note():
+    for text in ('a*b* ' * 20_000, '|a|\n|-|\n' + '|1|\n' * 20_000):
+        assert [html[:19] for html in main.render(text)] == ['<div class="plain">']
+
+
+# ---- Components: text is shown as text ------------------------------------------------------------------------------
+
+HOSTILE = [
+    '<script>window.__pwn=1</script>', '</textarea></script></title></style><svg onload=window.__pwn=1>',
+    '<div id="content-1" hx-swap-oob="true">D</div>', '![x](http://canary/u.png)', '[x](javascript:window.__pwn=1)',
+    '\u202eabc\u202c \u2067rtl\u2069 שלום مرحبا', '👩‍👩‍👧‍👦 🏳️‍🌈 é \ufeff', '\x1b[2J\x1b]0;x\x07',
+    '\n\nHuman: x\n\nAssistant:', '{{7*7}} ${x} %s {0}', "'; drop table message; --", '&lt;b&gt; &amp;amp; &#0;',
+    'a\n' * 10_000, '😀' * 50_000, 'x' * 100_000, '  leading and trailing  ', 'nul\0inside',
+    '\ttab\u2028line\u2029paragraph\x85next', 'ws-connect="/ws/chat/1/1"']
+
+@pytest.mark.parametrize('text', HOSTILE, ids=lambda t: ascii(t[:24]))
+def test_text_is_stored_exactly_and_shown_as_text(me, upstream, text):
+    upstream.plans[text] = [says(text)]
+    chat = me.ask(text)
+    asked, reply = (chat.ended(), chat.messages)[1]
+    assert asked['content'] == text and reply['content'] == text and text in me.get(f'/c/{chat.id}.md').text
+    page = Page(chat.page()).root
+    assert shown(page.find('content-0').text) == shown(text)
+    assert not page.all(lambda n: n.attrs.get('onload') or n.tag == 'script' and not n.attrs.get('src'))
+    assert len(page.all(lambda n: n.attrs.get('id') == 'content-1')) == 1
+
+def shown(text): return re.sub('[\0\ufffd]', '', text).strip('\n')      # HTML has no NUL
+
+FORM = 'application/x-www-form-urlencoded'
+
+@pytest.mark.parametrize('body', [b'message=%00a%00', b'message=a%ED%A0%80b', b'message=%FF%FE', b'message=%F0%9F%98'])
+def test_text_that_is_no_text_is_kept_or_refused_in_words(me, body):
+    answer = me.http.post('/', content=body, headers={'Content-Type': FORM, 'HX-Request': 'true'})
+    assert answer.status_code in (200, 400, 422) and Page(answer.text).root.text.strip()
+    if answer.status_code == 200: assert Chat(me, answer.headers['HX-Push-Url'][3:], '').ended()['status'] == 'done'
+
+def test_an_answer_full_of_markup_arrives_as_text(me, upstream):
+    chat = me.ask(upstream.says('<b>bo', 'ld</b> <scr', 'ipt>x</script> <p id="msg', '-0">no</p> &am', 'p;'))
+    tab = chat.watch().ends()
+    for page in (tab.page.root, Page(chat.page()).root):
+        assert '<b>bold</b> <script>x</script> <p id="msg-0">no</p>' in plain(page.find('content-1').text)
+        assert len(page.all(lambda n: n.attrs.get('id') == 'msg-0')) == 1 and not page.find('content-1').all(
+            lambda n: n.tag in ('script', 'b'))
+
+
+# ---- Door -----------------------------------------------------------------------------------------------------------
+
+FOREIGN = ['https://evil.example', 'null', 'http://127.0.0.1:1', 'http://localhost', 'file://']
+
+@pytest.mark.parametrize('headers', [
+    *({'Origin': origin} for origin in FOREIGN), {'Sec-Fetch-Site': 'cross-site'}, {'Sec-Fetch-Site': 'same-site'}])
+def test_a_foreign_page_can_change_nothing(me, upstream, headers):
+    chat = me.ask(upstream.says('half ', HANG))
+    for path in ('', '/stop', '/retry'): assert chat.post(path, headers=headers, message='x').status_code == 403
+    assert me.post('/', headers=headers, message='x').status_code == 403 and chat.reply['status'] == LIVE
+    chat.stop()
+
+def test_another_name_for_this_address_is_not_served(me):
+    for headers in ({'Host': 'evil.example'}, {'Host': 'evil.example', 'Origin': 'http://evil.example'}):
+        assert me.get('/', **headers).status_code in (400, 403, 421)
+        assert me.post('/', headers=headers, message='x').status_code in (400, 403, 421)
+
+@pytest.mark.parametrize('origin', FOREIGN)
+def test_a_foreign_page_cannot_listen(me, upstream, origin):
+    chat = me.ask(upstream.says('secret'))
+    with pytest.raises(InvalidStatus) as refused: me.socket(f'/ws/chat/{chat.id}/1', origin=origin)
+    assert refused.value.response.status_code == 403
+
+def test_a_cookie_or_a_header_does_not_replace_the_form(me, upstream):
+    forged = {'Cookie': 'message=forged; key=forged', 'message': 'forged', 'key': 'forged'}
+    answer = me.post('/', headers=forged, message='typed')
+    assert Chat(me, answer.headers['HX-Push-Url'][3:], '').messages[0]['content'] == 'typed'
+    assert me.post('/', headers=forged).status_code == 422
+
+def test_reading_changes_nothing(me, upstream):
+    chat = me.ask(upstream.says('half ', HANG))
+    for path in ('/stop', '/retry'): assert me.get(f'/c/{chat.id}{path}').status_code in (404, 405)
+    assert chat.reply['status'] == LIVE
+    chat.stop()
+
+@pytest.mark.parametrize('path', ['/', '/c/unknown', '/nowhere', 'conversation'])
+def test_every_page_carries_a_strict_policy_and_names_no_other_host(me, path):
+    if path == 'conversation': path = f'/c/{me.ask("hello").id}'
+    answer = me.get(path)
+    policy = answer.headers['Content-Security-Policy']
+    assert "script-src 'self'" in policy and "style-src 'self'" in policy and not re.search(r'unsafe|\*|http', policy)
+    assert answer.headers['X-Content-Type-Options'] == 'nosniff'
+    page = Page(answer.text).root
+    assert not page.all(lambda n: n.tag == 'style' or n.tag == 'script' and not n.attrs.get('src'))
+    assert not page.all(lambda n: any(a.startswith('on') or a.startswith('hx-on') or a == 'style' for a in n.attrs))
+    links = [n.attrs[a] for n in page.walk() for a in ('src', 'href', 'action', 'content') if n.attrs.get(a)]
+    assert not [link for link in links if re.match(r'(https?:)?//', link) and not link.startswith(me.url)]
+
+
+# ---- Pages: every row of the interface ------------------------------------------------------------------------------
+
+def test_the_first_page_is_an_empty_conversation(me):
+    page = Page(me.get('/').text).root
+    composer, = page.all(lambda n: n.tag == 'textarea' and n.attrs.get('name') == 'message')
+    assert not page.all(lambda n: n.attrs.get('data-role') or 'ws-connect' in n.attrs)
+
+def test_the_first_message_answers_a_browser_with_its_conversation(me, upstream):
+    answer = me.post('/', htmx=False, message=upstream.says('hi'))
+    assert answer.status_code == 303 and re.fullmatch(r'/c/[\w-]+', answer.headers['Location'])
+    assert Chat(me, answer.headers['Location'][3:], '').ended()['content'] == 'hi'
+
+def test_a_message_answers_htmx_with_both_bubbles(me, upstream):
+    answer = me.post('/', message=(question := upstream.plays(raw(before=HANG))))
+    ask, reply = [n.attrs for n in bubbles(answer.text)]
+    where = answer.headers['HX-Push-Url']
+    assert (ask['id'], ask['data-role'], ask['data-status']) == ('msg-0', 'user', 'done') and 'ws-connect' not in ask
+    assert (reply['id'], reply['data-role'], reply['data-status']) == ('msg-1', 'assistant', LIVE)
+    assert reply['hx-ext'] == 'ws' and reply['ws-connect'] == f'/ws/chat/{where[3:]}/1' and '<html' not in answer.text
+    texts = [plain(node.find(f'content-{n}').text) for n, node in enumerate(bubbles(answer.text))]
+    assert texts == [question, '']
+    assert Chat(me, where[3:], '').stop().status_code < 400
+
+def test_later_messages_count_on(me, upstream):
+    chat = me.ask(upstream.says('one'))
+    chat.ended(), chat.say(upstream.says('two')).ended()
+    assert [n.attrs['id'] for n in Page(chat.html).root.all(lambda n: n.attrs.get('data-role'))] == ['msg-2', 'msg-3']
+    plain_post = chat.post(htmx=False, message=upstream.says('three'))
+    assert (plain_post.status_code, plain_post.headers['Location']) == (303, f'/c/{chat.id}')
+    assert chat.ended()['idx'] == 5 and chat.post('/stop', htmx=False).status_code == 303
+    assert chat.post('/retry', htmx=False).status_code == 303
+
+def test_a_reload_in_mid_stream_shows_the_text_so_far_and_goes_on(me, upstream):
+    gate = Gate()
+    chat = me.ask(upstream.says('half ', gate, 'whole'))
+    chat.watch().until('half').drop()
+    tab = chat.tab()
+    assert (tab.text, tab.status) == ('half', LIVE) and tab.bubble.attrs['ws-connect'] == f'/ws/chat/{chat.id}/1'
+    gate.open()
+    assert tab.ends().text == 'half whole' == chat.tab().text and 'ws-connect' not in chat.tab().bubble.attrs
+
+def test_a_bubble_can_be_asked_for_by_itself(me, upstream):
+    gate = Gate()
+    chat = me.ask(upstream.says('half ', gate, 'whole'))
+    chat.watch().until('half')
+    def bubble(): return Page(me.get(f'/c/{chat.id}/1').text).root.find('msg-1')
+    assert (plain(bubble().find('content-1').text), bubble().attrs['data-status']) == ('half', LIVE)
+    gate.open()
+    chat.ended()
+    assert (bubble().find('content-1').text, bubble().attrs['data-status']) == ('half whole', 'done')
+    assert me.get(f'/c/{chat.id}/9').status_code == 404 and 'ws-connect' not in bubble().attrs
+
+def test_the_conversation_as_json(me, upstream):
+    chat = me.ask(question := upstream.says('**bold** <i> \n\n| a |\n'))
+    chat.ended()
+    answer = me.get(f'/c/{chat.id}.json')
+    told = answer.json()
+    assert 'application/json' in answer.headers['Content-Type']
+    assert told['id'] == chat.id and isinstance(told['title'], str)
+    assert [(m['idx'], m['role'], m['content'], m['status']) for m in told['messages']] == [
+        (0, 'user', question, 'done'), (1, 'assistant', '**bold** <i> \n\n| a |\n', 'done')]
+
+def test_the_conversation_as_a_markdown_download(me, upstream):
+    chat = me.ask(question := upstream.says('**bold** <i> \n\n| a |'))
+    chat.ended()
+    answer = me.get(f'/c/{chat.id}.md')
+    assert 'attachment' in answer.headers['Content-Disposition'] and 'text/markdown' in answer.headers['Content-Type']
+    assert answer.text.index(question) < answer.text.index('**bold** <i> \n\n| a |')
+
+def test_conversations_are_listed(me, upstream):
+    chat = me.ask(upstream.says('listed'))
+    assert f'/c/{chat.id}' in [n.attrs.get('href') for n in Page(me.get('/').text).root.walk()]
+    chat.ended()
+
+@pytest.mark.parametrize('path', ['', '.json', '.md', '/0'])
+@pytest.mark.parametrize('id', ['unknown', '0', '-1', '%00', 'a' * 5000, '..%2f..%2fetc', '1e999', "'--"])
+def test_an_unknown_conversation_is_404(me, id, path):
+    answer = me.get(f'/c/{id}{path}')
+    assert answer.status_code == 404 and len(Page(answer.text).root.text) < 20_000 and 'Traceback' not in answer.text
+
+@pytest.mark.parametrize('idx', ['9', '-1', 'x', '1e9', '9' * 30, '1.0', '%31%30'])
+def test_an_unknown_message_is_404(me, upstream, idx):
+    assert me.get(f'/c/{me.ask("hello").id}/{idx}').status_code == 404
+
+@pytest.mark.parametrize('path', ['', '/stop', '/retry'])
+def test_nothing_can_be_done_to_an_unknown_conversation(me, path):
+    assert me.post(f'/c/unknown{path}', message='x').status_code == 404
+
+CHANGE = 'import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute(sys.argv[2]); db.commit()'
+
+def test_the_conversation_of_somebody_else_is_404(new_site, tmp_path, upstream):
+    first = new_site(tmp_path)
+    mine = first.person().ask(upstream.says('private'))
+    mine.ended(), first.stop()
+    for table in ('conversation', 'message'): python(CHANGE, first.db, f"update {table} set owner = 'somebody else'")
+    me = new_site(tmp_path).person()
+    me.http.cookies = mine.person.http.cookies
+    for path in ('', '.json', '.md', '/1'): assert me.get(f'/c/{mine.id}{path}').status_code == 404
+    for path in ('', '/stop', '/retry'): assert me.post(f'/c/{mine.id}{path}', message='x').status_code == 404
+    assert 'private' not in me.get('/').text and f'/c/{mine.id}' not in me.get('/').text
+    assert close_code(me, f'/ws/chat/{mine.id}/1') == 4404
+
+@pytest.mark.parametrize('text', ['', ' ', '\n\t \r\n', '\u00a0\u2003'])
+def test_a_blank_message_is_nothing(me, upstream, text):
+    chat = me.ask(upstream.says('one'))
+    chat.ended()
+    calls = len(upstream.calls)
+    assert me.post('/', message=text).status_code == chat.post(message=text).status_code == 422
+    assert me.post('/').status_code == chat.post().status_code == 422
+    assert len(chat.messages) == 2 and len(upstream.calls) == calls
+
+def test_a_message_that_is_too_long_is_refused_in_a_sentence(impatient):
+    assert impatient.ask('x' * 1000).ended()['status'] == 'done'
+    refused = impatient.post('/', message='x' * 1001)
+    assert refused.status_code == 413 and re.search(r'1[,. ]?000', Page(refused.text).root.text)
+    assert impatient.ask('😀' * 1000).ended()['status'] == 'done'       # characters, not bytes
+
+@pytest.mark.parametrize('content', [
+    b'', b'{', b'\x00\xff' * 99, b'message', b'&' * 5000, b'message=x&message=y', b'x' * 3_000_000])
+@pytest.mark.parametrize('kind', [
+    FORM, 'multipart/form-data', 'multipart/form-data; boundary=x', 'application/json', 'text/plain', ''])
+def test_a_body_that_is_no_form_is_refused(me, kind, content):
+    answer = me.http.post('/', content=content, headers={'Content-Type': kind, 'HX-Request': 'true'})
+    assert answer.status_code in ((200, 400, 413, 415, 422) if b'message=' in content else (400, 413, 415, 422))
+    assert 'Traceback' not in answer.text
+
+def test_a_file_is_not_a_message(me):
+    assert me.http.post('/', files={'message': b'file'}).status_code in (400, 415, 422)
+
+
+# ---- Socket ---------------------------------------------------------------------------------------------------------
+
+def close_code(person, path):
+    "How a socket ends that the server has to refuse: after accept with a code of ours, or as HTTP before it."
+    try: sock = person.socket(path)
+    except InvalidStatus as refused: return refused.response.status_code
+    with sock, pytest.raises(ConnectionClosed) as closed: sock.recv(DEADLINE)
+    return closed.value.rcvd.code
+
+@pytest.mark.parametrize('path', ['/ws/chat/unknown/1', '/ws/chat/unknown/0', '/ws/chat/{id}/9', '/ws/chat/{id}/-1',
+                                  '/ws/chat/{id}/' + '9' * 30, '/ws/chat/%00/1'])
+def test_a_socket_to_nothing_closes_with_a_code_that_ends_it(me, upstream, path):
+    assert close_code(me, path.format(id=me.ask('hello').id)) in (4404, 404)
+
+@pytest.mark.parametrize('path', ['/ws/chat/{id}/x', '/ws/chat/{id}/1.5', '/ws/chat/{id}', '/ws/chat/{id}/1/2', '/ws'])
+def test_a_socket_with_a_wrong_path_opens_no_loop(me, path):
+    assert close_code(me, path.format(id=me.ask('hello').id)) in (4404, 4400, 403, 404)
+
+def test_a_socket_to_a_question_ends_cleanly(me):
+    assert close_code(me, f'/ws/chat/{me.ask("hello").id}/0') in (1000, 4404)
+
+BAD_MESSAGES = ['{', '[]', '[1, 2]', '5', 'null', '"stop"', 'NaN', '1e999', '', b'\x00\xff', b'{"action": "stop"}',
+                '[' * 100_000, '{"a": ' + '9' * 5000 + '}', 'x' * 200_000, 'x' * 400_000]
+
+@pytest.mark.parametrize('message', BAD_MESSAGES, ids=lambda m: ascii(m[:20]))
+def test_a_bad_message_closes_only_its_own_socket(me, upstream, message):
+    chat = me.ask(upstream.says('half ', gate := Gate(), 'whole'))
+    other, tab = chat.tab(), chat.watch().until('half')
+    tab.socket.send(message)
+    assert tab.ends().code in ((1009, 4400) if len(message) > 2**17 else (4400,)) and 'Error' not in tab.said
+    gate.open()
+    assert other.ends().text == 'half whole' and other.code == 1000
+
+@pytest.mark.parametrize('message', [
+    '{}', '{"action": "dance"}', '{"action": null}', '{"action": ["stop"]}', '{"action": {"a": 1}}',
+    '{"HEADERS": {"action": "stop"}}', '{"n": "<img src=x onerror=1>", "msg_idx": "<i>"}'])
+def test_a_message_that_asks_for_nothing_stops_nothing(me, upstream, message):
+    chat = me.ask(upstream.says('half ', gate := Gate(), 'whole'))
+    tab = chat.watch().until('half')
+    tab.socket.send(message)
+    other = chat.tab()
+    gate.open()
+    assert other.ends().text == 'half whole' and tab.ends().code in (1000, 4400) and chat.reply['status'] == 'done'
+    assert '<img' not in tab.said
+
+
+# ---- App ------------------------------------------------------------------------------------------------------------
+
+def test_health_is_json(me):
+    answer = me.get('/healthz')
+    assert answer.status_code == 200 and answer.json()
+
+def test_scripts_and_styles_are_ours_with_a_hash_and_a_long_cache(me):
+    page = Page(me.get('/').text).root
+    urls = [n.attrs.get('src') or n.attrs.get('href') for n in page.walk()
+            if n.tag == 'script' or n.tag == 'link' and 'stylesheet' in n.attrs.get('rel', '')]
+    answers = [me.get(url) for url in urls]
+    assert len(urls) >= 3 and {a.status_code for a in answers} == {200}
+    assert all(re.search(r'max-age=\d{7}', a.headers['Cache-Control']) for a in answers)
+    assert all(re.search('[0-9a-f]{8}', url) for url in urls)
+    package = Path(importlib.util.find_spec('django_htmx').submodule_search_locations[0])
+    theirs = {f.read_text() for pattern in ('htmx-2*.js', 'hx-ws-2*.js') for f in package.rglob(pattern)}
+    assert len([a for a in answers if a.text in theirs]) == 2       # htmx 2.0.10 and ws extension 2.0.4, as they come
+
+@pytest.mark.parametrize('path', [
+    '/main.py', '/data/parley.db', '/..%2fmain.py', '/%2e%2e/main.py', '/test_main.py', '/.sesskey',
+    '/assets/../main.py', '/requirements.txt', '/assets/..%2fmain.py', '/static/..%2f..%2fmain.py'])
+def test_no_file_of_the_machine_is_served(me, path): assert me.get(path).status_code in (400, 404)
+
+def test_without_a_key_the_demo_model_answers_and_says_so(new_site):
+    me = new_site(api_key=None, demo=True).person()
+    assert 'demo' in me.get('/').text.lower()
+    tab = me.ask('hello').watch().ends()
+    assert (tab.code, tab.status) == (1000, 'done') and tab.text and tab.frames > 2
+
+
+# ---- The whole process ----------------------------------------------------------------------------------------------
+
+FORK = multiprocessing.get_context('forkserver')        # the libraries are imported once, every server starts at once
+FORK.set_forkserver_preload(['anthropic.resources.messages', 'fasthtml.common', 'fastlite', 'uvicorn', 'pytest'])
+RUN = """import os, runpy, sys
+os.environ.clear(); os.environ.update(env); os.chdir(folder); sys.argv = [path]
+out = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600); os.dup2(out, 1); os.dup2(out, 2)
+runpy.run_path(path, run_name='__main__')"""
+
+class Server:
+    "`python main.py` in a process of its own, as far as the system can tell."
+    def __init__(self, folder, port=None, **env):
+        with socket.create_server(('127.0.0.1', 0)) as free: self.port = port or free.getsockname()[1]
+        self.url, self.log = f'http://127.0.0.1:{self.port}', folder / 'log'
+        self.db = folder / 'data' / 'parley.db'
+        env = {'PATH': os.environ['PATH'], 'HOME': str(folder), 'PORT': str(self.port), **env}
+        scope = {'env': env, 'folder': str(folder), 'path': str(SOURCE), 'log': str(self.log)}
+        self.process = FORK.Process(target=exec, args=(RUN, scope), daemon=True)
+        self.process.start()
+
+    def __enter__(self):
+        assert eventually(self.healthy), self.log.read_text()
+        return self
+
+    def healthy(self):
+        assert self.process.is_alive(), self.log.read_text()
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(self.url + '/healthz', trust_env=False).status_code == 200
+
+    def __exit__(self, *_): self.kill()
+    def person(self): return Person(self.url)
+    def signal(self, number): os.kill(self.process.pid, number)
+
+    def memory(self):
+        "Resident bytes."
+        return int(Path(f'/proc/{self.process.pid}/statm').read_text().split()[1]) * resource.getpagesize()
+
+    def kill(self):
+        self.process.kill()
+        self.process.join(DEADLINE)
+
+    def exit(self):
+        self.process.join(DEADLINE)
+        return self.process.exitcode
+
+@pytest.fixture(scope='module')
+def wire(upstream):
+    wire = Wire(upstream)
+    yield wire
+    wire.shutdown()
+
+@pytest.fixture
+def start(tmp_path, wire):
+    "Starts the server on the folder of the test, again and again if it must; none is left behind."
+    upstream = {'ANTHROPIC_BASE_URL': wire.url, 'ANTHROPIC_API_KEY': 'test'}
+    with contextlib.ExitStack() as stack: yield lambda **env: stack.enter_context(Server(tmp_path, **upstream, **env))
+
+def test_kill_9_loses_not_one_shown_character(start, upstream):
+    print(f'SEED={SEED}')
+    dice, before, jar = random.Random(SEED), None, None
+    for _ in range(20):
+        server = start()
+        me = server.person()
+        me.http.cookies = jar or me.http.cookies
+        if before: assert_survived(me, upstream, *before)
+        question = upstream.says(*paced((f'word{n} ' for n in range(1500)), .001))
+        chat = me.ask(question)
+        tab, jar = chat.watch(), me.http.cookies
+        for _ in range(dice.randrange(12)): tab.read()
+        server.kill()
+        before = chat.id, question, tab.ends().text
+        assert tab.code == 1006
+    assert_survived(with_cookies(start().person(), jar), upstream, *before)
+
+def with_cookies(person, jar):
+    person.http.cookies = jar
+    return person
+
+def assert_survived(me, upstream, id, question, shown):
+    asked, reply = Chat(me, id, '').messages
+    assert (asked['content'], reply['status']) == (question, 'interrupted')
+    assert plain(reply['content']).startswith(shown), (shown, reply)
+    said = [call.said for call in upstream.called(question)] or ['']
+    assert len(said) == 1 and said[0].startswith(reply['content'])
+
+def test_after_a_restart_nothing_says_streaming_and_retry_works(start, upstream):
+    server = start()
+    chat = server.person().ask(question := upstream.plays(raw(START, 'half', HANG), says('whole')), key='key-1')
+    chat.watch().until('half')
+    server.kill()
+    again = Chat(with_cookies(start().person(), chat.person.http.cookies), chat.id, '')
+    assert (again.reply['status'], again.reply['content']) == ('interrupted', 'half')
+    assert again.person.ask(question, key='key-1').id == chat.id and len(upstream.called(question)) == 1
+    page = Page(again.page()).root
+    assert not page.all(lambda n: 'ws-connect' in n.attrs) and 'retry' in plain(page.find('msg-1').text).lower()
+    assert again.retry().ended()['content'] == 'whole' and len(upstream.called(question)) == 2
+
+def test_sigterm_lets_a_reply_end_and_saves_the_rest(start, upstream):
+    server, gate = start(DRAIN_SECONDS='2'), Gate()
+    me = server.person()
+    soon, never = me.ask(upstream.says('half ', gate, 'whole')), me.ask(upstream.says('half ', HANG))
+    tabs = [chat.watch().until('half') for chat in (soon, never)]
+    server.signal(signal.SIGTERM)
+    assert eventually(lambda: refused(me, upstream))
+    gate.open()
+    assert [(tab.ends().code, tab.text) for tab in tabs] == [(1000, 'half whole'), (1012, 'half')]
+    assert server.exit() in (0, -signal.SIGTERM) and 'Traceback' not in server.log.read_text()
+    me = with_cookies(start().person(), me.http.cookies)
+    ends = [Chat(me, chat.id, '').reply for chat in (soon, never)]
+    assert [(m['content'], m['status']) for m in ends] == [('half whole', 'done'), ('half ', 'interrupted')]
+
+def refused(me, upstream):
+    try: return me.post('/', message=upstream.says('late')).status_code == 503
+    except httpx.TransportError: return True
+
+@pytest.mark.parametrize('signals', [[signal.SIGINT], [signal.SIGTERM, signal.SIGINT]])
+def test_ctrl_c_does_not_wait(start, upstream, signals):
+    server = start(DRAIN_SECONDS='60')
+    chat = server.person().ask(upstream.says('half ', HANG))
+    tab, asked = chat.watch().until('half'), time.monotonic()
+    for number in signals:
+        server.signal(number)
+        assert number != signal.SIGTERM or eventually(lambda: refused(server.person(), upstream))
+    assert tab.ends().code in (1012, 1006) and server.exit() is not None and time.monotonic() - asked < 10
+    assert Chat(with_cookies(start().person(), chat.person.http.cookies), chat.id, '').reply['status'] == 'interrupted'
+
+def test_a_tab_comes_back_to_the_new_process_and_is_shown_the_truth(start, upstream):
+    server = start(DRAIN_SECONDS='0')
+    chat = server.person().ask(upstream.says('half ', HANG))
+    tab = chat.watch().until('half')
+    server.signal(signal.SIGTERM)
+    assert tab.ends().code == 1012 and server.exit() is not None
+    start(port=server.port)
+    tab.socket, tab.code = chat.person.socket(f'/ws/chat/{chat.id}/1'), None
+    assert (tab.ends().code, tab.status, tab.text) == (1000, 'interrupted', 'half')
+
+@pytest.mark.parametrize('env, says', [
+    ({'PORT': 'many'}, 'PORT'), ({'DATABASE_URL': 'postgres://me:canary@host/db'}, 'DATABASE_URL'),
+    ({'DATABASE_URL': 'sqlite:///text.db'}, 'text.db'), ({'DATABASE_URL': 'sqlite:///torn.db'}, 'torn.db'),
+    ({'DATABASE_URL': 'sqlite:///folder.db'}, 'folder.db'), ({'DATABASE_URL': 'sqlite:////proc/x/parley.db'}, '/proc'),
+    ({'DATABASE_URL': 'sqlite:///text.db/x/parley.db'}, 'text.db'),
+    ({'ANTHROPIC_API_KEY': 'sk-ant-\ncanary'}, 'ANTHROPIC_API_KEY')])
+def test_a_start_that_cannot_be_ends_in_one_clear_line(tmp_path, env, says):
+    (tmp_path / 'text.db').write_text('no database ' * 999)
+    (tmp_path / 'torn.db').write_bytes(b'SQLite format 3\0' + random.Random(SEED).randbytes(9999))
+    (tmp_path / 'folder.db').mkdir()
+    before = {f.name: hashlib.sha256(f.read_bytes()).digest() for f in tmp_path.glob('t*.db')}
+    server = Server(tmp_path, **env)
+    assert server.exit() not in (0, None)
+    lines = server.log.read_text().strip().splitlines()
+    assert len(lines) == 1 and says in lines[0] and 'canary' not in lines[0], lines
+    assert before == {f.name: hashlib.sha256(f.read_bytes()).digest() for f in tmp_path.glob('t*.db')}
+
+def test_a_port_that_is_taken_ends_the_start(tmp_path):
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        server = Server(tmp_path, port=taken.getsockname()[1])
+        assert server.exit() not in (0, None)
+    assert str(server.port) in server.log.read_text() and 'Traceback' not in server.log.read_text()
+
+LOCK = '''import sqlite3, sys
+db = sqlite3.connect(sys.argv[1]); db.execute("begin immediate"); print("held", flush=True); sys.stdin.read()'''
+
+@contextlib.contextmanager
+def locked(db):
+    holder = subprocess.Popen([sys.executable, '-c', LOCK, str(db)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    try: yield
+    finally: holder.communicate(timeout=DEADLINE)
+
+def test_a_locked_database_refuses_a_message_in_words_and_stalls_no_reader(new_site, upstream):
+    site = new_site()
+    chat = site.person().ask(upstream.says('hello'))
+    chat.ended()
+    with concurrent.futures.ThreadPoolExecutor() as pool, locked(site.db):
+        sent = pool.submit(chat.post, message='while locked')
+        asked = time.monotonic()
+        assert chat.tab().text == 'hello' and not sent.done() and time.monotonic() - asked < 2
+        assert sent.result().status_code in (500, 503, 507) and a_sentence(sent.result())
+    assert chat.say('now').ended()['content'] == 'You said: now' and len(chat.messages) == 4
+
+def test_a_disk_that_stalls_delays_a_reply_and_loses_nothing(new_site, upstream):
+    site, gate = new_site(), Gate()
+    me = site.person()
+    chat, old = me.ask(upstream.says('half ', gate, *paced(['more '] * 50, .01))), me.ask(upstream.says('old'))
+    old.ended()
+    tab = chat.watch().until('half')
+    with locked(site.db):
+        gate.open()
+        assert old.tab().text == 'old' and chat.reply['status'] == LIVE
+    assert tab.ends().text == plain('half ' + 'more ' * 50) and tab.status == 'done'
+
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='the disk of a running process is filled by prlimit')
+def test_a_full_disk_keeps_what_was_shown_and_recovers_without_a_restart(start, upstream):
+    server, gate = start(), Gate()
+    me = server.person()
+    old, chat = me.ask(upstream.says('old')), me.ask(upstream.says('half ', gate, *paced(['more '] * 50, .01)))
+    old.ended()
+    tab = chat.watch().until('half')
+    free = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+    answer = old.post(message='typed')
+    assert answer.status_code in (500, 503, 507) and a_sentence(answer) and str(server.db) not in answer.text
+    assert me.get('/healthz').status_code == 503 and old.tab().text == 'old'
+    gate.open()
+    while not re.search('disk', tab.said): assert tab.read(), tab.said
+    shown = tab.text
+    assert plain(chat.reply['content']).startswith(shown)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, free)
+    assert old.say('typed').ended()['status'] == 'done'
+    assert chat.ended()['content'].startswith(shown) and tab.ends().text == plain(chat.reply['content'])
+    assert me.get('/healthz').status_code == 200 and 'Traceback' not in server.log.read_text()
+
+def test_main_runs_as_the_readme_says(tmp_path):
+    with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
+    env = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path), 'PORT': str(port)}
+    process = subprocess.Popen([sys.executable, SOURCE], cwd=tmp_path, env=env, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    me = Person(f'http://127.0.0.1:{port}')
+    assert eventually(lambda: reachable(me, process))
+    assert me.ask('hello').watch().until('demo').status == LIVE and (tmp_path / 'data' / 'parley.db').exists()
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=DEADLINE)[0].decode()
+    assert process.returncode in (0, 130, -signal.SIGINT) and 'Traceback' not in said, said
+
+def reachable(me, process):
+    assert process.poll() is None
+    with contextlib.suppress(httpx.TransportError): return me.get('/healthz').status_code == 200
+
+def test_importing_main_touches_nothing(tmp_path):
+    code = 'import sys, threading; import main; assert threading.active_count() == 1; print("fine")'
+    env = {'PATH': os.environ['PATH'], 'HOME': str(tmp_path), 'PYTHONPATH': str(SOURCE.parent)}
+    assert subprocess.check_output([sys.executable, '-c', code], cwd=tmp_path, env=env, timeout=DEADLINE) == b'fine\n'
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Chaos ----------------------------------------------------------------------------------------------------------
+
+def test_chaos_leaves_every_tab_the_database_and_the_upstream_equal(new_site, upstream):
+    print(f'SEED={SEED}')
+    site = new_site()
+    with concurrent.futures.ThreadPoolExecutor(4) as people:
+        met = people.map(lambda n: wander(random.Random(f'{SEED} {n}'), site.person(), upstream), range(4))
+        assert sum(met) >= 52
+
+def wander(dice, me, upstream):
+    "One person with too many tabs and a bad network: thirteen replies; each is compared when it has ended."
+    chat = None
+    for turn in range(13):
+        text = [f'{dice.choice(("lorem", "ipsum", "dolor", "sit"))} {n} ' for n in range(100)]
+        question, key = upstream.says(*paced(text, dice.random() / 150)), f'{turn} {number()}'
+        fresh = chat is None or dice.random() < .3
+        def send(): return me.ask(question, key=key) if fresh else chat.say(question, key=key)      # noqa: B023
+        chat = send()
+        tabs = [chat.watch()]
+        for _ in range(dice.randrange(3, 9)):
+            one = dice.choice(tabs)
+            match dice.choice('read read reload drop extra again stop'.split()):
+                case 'read': one.read()
+                case 'reload' | 'drop' as how:
+                    one.drop()
+                    tabs.append(chat.tab() if how == 'reload' else chat.watch())
+                case 'extra': tabs.append(chat.tab())
+                case 'again': send()
+                case 'stop' if dice.random() < .5: chat.stop()
+        assert_equal(chat, [tab.ends() for tab in [*tabs, chat.tab()]], upstream, question)
+    return 13
+
+def assert_equal(chat, tabs, upstream, question):
+    reply, (call,) = chat.reply, upstream.called(question)
+    assert {tab.code for tab in tabs} <= {1000, None, 1006, 1012}       # 1006: dropped by us; 1012: come again
+    tabs = [tab for tab in tabs if tab.code in (1000, None)]
+    assert {tab.text for tab in tabs} == {plain(reply['content'])}
+    assert {tab.status for tab in tabs} == {reply['status']} <= {'done', 'stopped'}
+    assert call.said == reply['content'] if reply['status'] == 'done' else call.said.startswith(reply['content'])
+
+
+# ---- The shape: rules that nothing runs are comments ----------------------------------------------------------------
+
+def sections():
+    "Name → source of every numbered section of main.py, in order."
+    _, *parts = re.split(r'^# ## \d+ (\w+)$', SOURCE.read_text(), flags=re.M)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+def test_a_section_uses_only_what_stands_above_it_but_for_links():
+    trees = [ast.parse(text) for text in sections().values()]
+    for here, tree in enumerate(trees):
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        links = {ast.unparse(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == 'to'}
+        local = {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)} | \
+            {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        below = set().union(*map(made_in, trees[here + 1:])) - links - local - {'asset', 'PAPER'}
+        assert not [n.id for n in names if n.id in below]
+
+def made_in(tree):
+    constants = [part for part in tree.body if isinstance(part, ast.Assign)]
+    return {n.name for n in tree.body if hasattr(n, 'name')} | \
+        {n.id for part in constants for n in ast.walk(part) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+@pytest.mark.parametrize('sign, homes', [
+    (r'os\.environ', 'App'), (r'\b(select|insert into|delete from|update) \w', 'Store'),
+    (r'AsyncAnthropic\(', 'Claude'), (r'</?(div|p|span|article)\b', 'Words Components Look'),
+    (r'\bto_xml\(|\bDiv\(', 'Components Pages Socket App'), (r'addEventListener', 'Look')])
+def test_each_concern_has_one_home(sign, homes):
+    assert [name for name, text in sections().items() if re.search(sign, text) and name not in homes.split()] == []
+
+
+# ---- The notebook ---------------------------------------------------------------------------------------------------
+
+NO_NETWORK = '''import socket
+def refuse(*_): raise OSError("the notebook asked for the network")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse'''
+
+def test_every_cell_of_the_notebook_runs_without_key_server_or_network(tmp_path, monkeypatch):
+    jupytext, nbclient = pytest.importorskip('jupytext'), pytest.importorskip('nbclient')
+    for name in [name for name in os.environ if name.startswith('ANTHROPIC_')]: monkeypatch.delenv(name)
+    book = jupytext.read(SOURCE, fmt='py:percent')
+    book.cells.insert(0, pytest.importorskip('nbformat').v4.new_code_cell(NO_NETWORK))
+    place = {'metadata': {'path': str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=60, kernel_name='python3', resources=place).execute()
+    ran = [cell for cell in book.cells if cell.cell_type == 'code' and cell.execution_count]
+    assert len(ran) > 10 and any(cell.outputs for cell in ran)
+
+def test_the_notebook_round_trips_byte_for_byte():
+    jupytext = pytest.importorskip('jupytext')
+    text = SOURCE.read_text()
+    assert text.startswith('# %% [markdown]')
+    assert jupytext.writes(jupytext.reads(text, 'py:percent'), 'py:percent') == text
+
+
+# ---- The browser ----------------------------------------------------------------------------------------------------
+
+# What happens on the page, in order: requests, bubbles (with the length of their text), sockets, text, status.
+WATCH = '''window.__log = []; const seen = {}
+const note = (...what) => window.__log.push(what)
+document.addEventListener('htmx:beforeRequest', e => e.detail.requestConfig.verb == 'post' && note('sent'))
+for (const name of ['wsOpen', 'wsClose', 'wsError'])
+  document.addEventListener('htmx:' + name, e => note(name, e.detail.event && e.detail.event.code || 0))
+new MutationObserver(() => document.querySelectorAll('[id^=msg-]').forEach(bubble => {
+  const id = bubble.id, content = document.getElementById(id.replace('msg', 'content'))
+  const size = content ? content.innerText.trim().length : 0
+  if (!(id in seen)) note('bubble', id, bubble.dataset.role, size)
+  else if (seen[id] != size) note('text', id, size)
+  seen[id] = size
+})).observe(document, {childList: true, subtree: true, characterData: true})'''
+
+# A network that lets no WebSocket through: every handshake fails.
+NO_SOCKETS = '''window.WebSocket = class extends WebSocket {
+  constructor(url, protocols) { super(String(url).replace('/ws/', '/blocked/'), protocols) } }'''
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    path = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not path: pytest.skip('no Chromium is installed')
+    api = pytest.importorskip('playwright.sync_api')
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        yield browser
+        browser.close()
+
+@pytest.fixture
+def profile(chromium):
+    "Makes browser profiles: each has its own cookies."
+    with contextlib.ExitStack() as stack:
+        def new(**options):
+            context = chromium.new_context(**{'viewport': {'width': 900, 'height': 700}, **options})
+            context.set_default_timeout(DEADLINE * 1000)
+            stack.callback(context.close)
+            return context
+        yield new
+
+@pytest.fixture
+def view(profile, site):
+    view = View(profile(), site.url)
+    yield view
+    assert not view.console and view.hosts <= {site.url}, (view.console, view.hosts)
+
+
+class View:
+    "A tab of Chromium: its console, the hosts it asked, the sockets it opened and the log of its page."
+    def __init__(self, profile, url, script=WATCH):
+        self.page, self.url, self.profile = profile.new_page(), url, profile
+        self.console, self.hosts, self.sockets = [], set(), []
+        self.page.on('console', lambda m: m.type in ('error', 'warning') and self.console.append(m.text))
+        self.page.on('pageerror', lambda e: self.console.append(str(e)))
+        self.page.on('request', lambda r: self.hosts.add('/'.join(r.url.split('/')[:3])))
+        self.page.on('websocket', lambda s: self.sockets.append(s.url))
+        self.page.add_init_script(script)
+        self.page.goto(url)
+
+    @property
+    def composer(self): return self.page.locator('textarea[name=message]')
+    @property
+    def log(self): return self.page.evaluate('window.__log')
+    def kinds(self, kind): return [entry for entry in self.log if entry[0] == kind]
+    def bubble(self, idx): return self.page.locator(f'#msg-{idx}')
+    def text(self, idx): return plain(self.page.locator(f'#content-{idx}').inner_text())
+    def button(self, name): return self.page.get_by_role('button', name=re.compile(name, re.I))
+
+    def eventually(self, look):
+        def now():
+            with contextlib.suppress(Exception):        # in the middle of a navigation there is no page to look at
+                self.page.wait_for_timeout(10)
+                return look()
+        return eventually(now)
+
+    def go(self, steps, idx, text):
+        "Back or forward, until message `idx` says `text`, or is not there for None."
+        with contextlib.suppress(Exception): self.page.evaluate(f'history.go({steps})')
+        def there(): return self.text(idx) == text if text else not self.bubble(0).count() and self.composer.count()
+        assert self.eventually(there), (self.page.url, self.page.content())
+
+    def send(self, text):
+        self.composer.fill(text)
+        self.composer.press('Enter')
+        return self
+
+    def until(self, words, idx=1):
+        assert self.eventually(lambda: self.bubble(idx).count() and plain(words) in self.text(idx)), words
+        return self
+
+    def ends(self, status='done', idx=1):
+        assert self.eventually(lambda: self.page.locator(f'#msg-{idx}[data-status={status}]').count()), status
+        return self.text(idx)
+
+
+@browser_test
+def test_the_seven_steps_happen_in_their_order(view, upstream):
+    gate, rest = Gate(), [f'word{n} ' for n in range(40)]
+    question = upstream.says('first ', gate, *paced(rest, .01))
+    view.send(question).until('first')
+    gate.open()
+    shown = view.ends()
+    assert view.eventually(lambda: view.kinds('wsClose'))
+    log = view.log
+    steps = [['sent'], ['bubble', 'msg-0', 'user', len(question)], ['bubble', 'msg-1', 'assistant', 0], ['wsOpen'],
+             ['text', 'msg-1'], ['wsClose', 1000]]
+    order = [log.index(next(entry for entry in log if entry[:len(step)] == step)) for step in steps]
+    assert order == sorted(order) and len(view.kinds('text')) > 5, log
+    sizes = [size for _, id, size in view.kinds('text') if id == 'msg-1']
+    assert sizes == sorted(sizes) and len(view.sockets) == 1 and not view.kinds('wsError')
+    view.page.reload()
+    assert view.text(1) == shown == plain('first ' + ''.join(rest)) and view.text(0) == question
+    assert len(view.sockets) == 1 and view.page.url.startswith(view.url + '/c/')
+
+@browser_test
+def test_a_person_sees_the_state_of_the_connection(view, upstream):
+    view.send(upstream.says('half ', gate := Gate(), 'whole')).until('half')
+    state = view.page.locator('#link')
+    assert view.eventually(lambda: 'live' in state.inner_text())
+    gate.open()
+    view.ends()
+    assert view.eventually(lambda: 'finished' in state.inner_text())
+
+@browser_test
+def test_a_reload_in_mid_stream_goes_on(view, upstream):
+    view.send(question := upstream.says('half ', gate := Gate(), 'whole')).until('half')
+    view.page.reload()
+    view.until('half')
+    gate.open()
+    assert view.ends() == 'half whole' and len(view.sockets) == 2 and len(upstream.called(question)) == 1
+
+@browser_test
+def test_two_tabs_show_the_same(view, upstream):
+    gate = Gate()
+    view.send(question := upstream.says('one ', gate, *paced(['more '] * 60, .005))).until('one')
+    other = View(view.profile, view.page.url).until('one')
+    gate.open()
+    assert view.ends() == other.ends() == plain('one ' + 'more ' * 60)
+    assert len(upstream.called(question)) == 1 and not other.console
+
+@browser_test
+def test_the_stop_button_stops(view, upstream):
+    view.send(question := upstream.says('half ', HANG)).until('half')
+    view.button('stop').first.click()
+    assert view.ends('stopped') == 'half' and upstream.called(question)[0].closed.wait(DEADLINE)
+    view.send(upstream.says('next')).ends(idx=3)
+    assert view.text(3) == 'next' and view.text(1) == 'half'
+
+@browser_test
+def test_a_failed_reply_offers_retry(view, upstream):
+    view.send(upstream.plays(refuses(401), says('whole'))).ends('failed')
+    view.button('retry').first.click()
+    assert view.ends() == 'whole' and view.bubble(1).count() == 1 and view.bubble(2).count() == 0
+
+NODES = """id => { const walk = document.createTreeWalker(document.getElementById(id)), all = []
+    for (let n = walk.currentNode; n; n = walk.nextNode()) all.push([n.nodeName, n.nodeValue,
+        ...[...(n.attributes || [])].map(a => a.name + '=' + a.value).sort()].join('|'))
+    return all }"""
+
+@browser_test
+def test_the_streamed_page_is_node_for_node_what_a_reload_shows(view, upstream):
+    print(f'SEED={SEED}')
+    rng = random.Random(SEED)
+    late = ('See [the docs] and a note[^n], **bold** and `code`.\n\n- one\n- two\n\n```py\nx = 1\n```\n\n'
+            '| a | b |\n|---|---|\n| 1 | $x^2$ |\n\n[the docs]: https://a.example/b\n\n[^n]: A note.\n')
+    texts = [late, *(answer(rng) for _ in range(4))]
+    for depth, text in enumerate(texts):
+        said = [piece for part in pieces(text, rng, 40) for piece in (part, .01)]
+        view.send(upstream.says(*said)).ends(idx=2 * depth + 1)
+        streamed = view.page.evaluate(NODES, f'content-{2 * depth + 1}')
+        view.page.reload()
+        assert view.page.evaluate(NODES, f'content-{2 * depth + 1}') == streamed
+
+@browser_test
+def test_where_sockets_are_blocked_the_bubble_polls(profile, site, upstream):
+    view = View(profile(), site.url, WATCH + '\n' + NO_SOCKETS)
+    view.send(upstream.says('half ', gate := Gate(), 'whole'))
+    assert view.until('half')
+    gate.open()
+    assert view.ends() == 'half whole' and len(view.sockets) >= 2
+    opened = len(view.sockets)
+    view.page.wait_for_timeout(2500)        # a socket that were still wanted would have been tried again by now
+    assert len(view.sockets) == opened
+
+@browser_test
+def test_back_and_forward_open_no_socket_for_a_finished_reply(view, upstream):
+    view.send(upstream.says('first')).ends()
+    there = view.page.url
+    view.page.goto(view.url)
+    view.send(upstream.says('second')).ends()
+    opened = len(view.sockets)
+    for steps, text in [(-1, None), (-1, 'first'), (1, None), (1, 'second'), (-3, None), (1, 'first')]:
+        view.go(steps, 1, text)
+    view.page.goto(there)
+    assert view.text(1) == 'first' and len(view.sockets) == opened == 2
+
+@browser_test
+def test_back_after_the_first_message_leaves_a_page_that_works(view, upstream):
+    view.send(upstream.says('half ', gate := Gate(), 'whole')).until('half')
+    view.go(-1, 1, None), view.go(1, 1, 'half')
+    gate.open()
+    assert view.ends() == 'half whole' and view.bubble(1).count() == 1
+
+@browser_test
+@pytest.mark.parametrize('event', ["document, 'visibilitychange'", "window, 'online'"])
+def test_a_page_that_wakes_up_connects_again(view, upstream, event):
+    view.send(question := upstream.says('half ', gate := Gate(), 'whole')).until('half')
+    target, name = event.split(', ')
+    wake = f'{target}.dispatchEvent(new Event({name}))'
+    assert view.eventually(lambda: view.page.evaluate(wake) and len(view.sockets) == 2)   # unless it was just heard
+    gate.open()
+    assert view.ends() == 'half whole' and len(upstream.called(question)) == 1
+    view.page.evaluate(wake)
+    view.page.wait_for_timeout(500)
+    assert len(view.sockets) == 2
+
+@browser_test
+def test_a_page_finds_the_new_process_after_a_restart(profile, start, upstream):
+    server = start(DRAIN_SECONDS='0')
+    view = View(profile(), server.url)
+    view.send(upstream.says('half ', HANG)).until('half')
+    server.signal(signal.SIGTERM)
+    assert server.exit() is not None
+    assert view.eventually(lambda: 'reconnecting' in view.page.locator('#link').inner_text())
+    start(port=server.port)
+    assert view.ends('interrupted') == 'half' and 'retry' in view.bubble(1).inner_text().lower()
+
+@browser_test
+def test_without_javascript_the_app_still_works(profile, site, upstream):
+    view = View(profile(java_script_enabled=False), site.url)
+    view.composer.fill(upstream.says('half ', gate := Gate(), 'whole'))
+    view.page.locator('form:has(textarea) button').first.click()
+    view.until('half')
+    gate.open()
+    assert view.ends() == 'half whole'
+    view.composer.fill(upstream.says('endless ', HANG))
+    view.page.locator('form:has(textarea) button').first.click()
+    view.until('endless', idx=3)
+    view.button('stop').first.click()
+    assert view.ends('stopped', idx=3) == 'endless' and not view.console
+
+@browser_test
+def test_a_draft_survives_a_reload_and_a_refusal(profile, new_site, upstream):
+    view = View(profile(), new_site(max_message_chars=50).url)
+    view.composer.fill('a draft')
+    view.page.reload()
+    assert view.composer.input_value() == 'a draft'
+    view.send(upstream.says('half ', gate := Gate(), 'whole')).until('half')
+    assert view.composer.input_value() == ''
+    view.send('too early')
+    view.page.wait_for_timeout(300)
+    assert view.composer.input_value() == 'too early' and view.bubble(2).count() == 0
+    gate.open()
+    view.ends()
+    view.send('x' * 51)
+    assert view.eventually(lambda: '50' in view.page.locator('body').inner_text().replace('x' * 51, ''))
+    assert view.composer.input_value() == 'x' * 51 and view.bubble(2).count() == 0
+
+@browser_test
+def test_shift_enter_makes_a_line_and_a_blank_message_sends_nothing(view, upstream):
+    view.send('  ').page.wait_for_timeout(200)
+    assert view.bubble(0).count() == 0 and not view.kinds('sent')
+    view.composer.fill('one')
+    view.composer.press('Shift+Enter')
+    view.composer.type('two')
+    view.composer.press('Enter')
+    view.ends()
+    assert view.page.locator('#content-0').inner_text() == 'one\ntwo'
+
+@browser_test
+def test_hostile_text_executes_nothing(view, upstream):
+    text = ' '.join(text for text in HOSTILE if len(text) < 200 and '\x1b' not in text)
+    upstream.plans[plain(text)] = [says(*re.findall('(?s).{1,9}', text))]
+    view.send(plain(text)).ends()
+    for _ in range(2):
+        assert view.page.evaluate('window.__pwn') is None
+        assert '<svg onload=window.__pwn=1>' in view.text(1) and '<svg onload=window.__pwn=1>' in view.text(0)
+        view.page.reload()
+
+@browser_test
+def test_the_page_follows_the_text_only_while_the_reader_is_at_the_bottom(view, upstream):
+    gate, more = Gate(), ('line of text\n\n' * 40,)
+    view.send(upstream.says('go ', more, more, gate, more, 'end')).until('line')
+    bottom = '''(() => { let e = document.getElementById('content-1')
+        while (e && !/auto|scroll/.test(getComputedStyle(e).overflowY)) e = e.parentElement
+        e = e || document.scrollingElement; %s })()'''
+    distance = bottom % 'return e.scrollHeight - e.clientHeight - e.scrollTop'
+    assert view.eventually(lambda: view.page.evaluate(distance) < 60)
+    view.page.evaluate(bottom % 'e.scrollTop = 10; return 0')
+    view.page.wait_for_timeout(100)
+    gate.open()
+    view.ends()
+    assert view.page.evaluate(distance) > 300
+
+@browser_test
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_the_page_fits_a_phone(profile, site, upstream, scheme):
+    view = View(profile(viewport={'width': 360, 'height': 640}, color_scheme=scheme), site.url)
+    view.send(upstream.says('x' * 3000)).ends()
+    assert view.page.evaluate('document.documentElement.scrollWidth <= innerWidth') and view.composer.is_visible()
+    assert not view.console
