@@ -2269,22 +2269,26 @@ addEventListener('pageshow', e => { if (e.persisted) location.reload(); });
 // The reader's place, decided here only. The end is followed while it is in view; else what is seen stays where it is,
 // also when older messages come in above, after a reload, and on the way back.
 const page = document.scrollingElement, messages = $('#messages'), jump = $('#jump');
-let pinned = true, last = 0, below = null;
+let pinned = true, last = 0, tall = 0, below = null;
 const atEnd = () => page.scrollHeight - page.scrollTop - page.clientHeight < 40;
 const toEnd = () => { pinned = true; page.scrollTop = page.scrollHeight; };
 const place = () => 'place:' + location.pathname;
-function moved() {
-  pinned = page.scrollTop >= last ? pinned || atEnd() : atEnd();
+function settled() {
   last = page.scrollTop;
+  tall = page.scrollHeight;
   jump.hidden = pinned || atEnd();
 }
 function grown() {
   if (below !== null) page.scrollTop = page.scrollHeight - below;
   else if (pinned) toEnd();
   below = null;
-  moved();
+  settled();
 }
-on('scroll', moved);
+on('scroll', () => { // a step up is the reader's wish to stay, however small, unless the page has only shrunk
+  if (page.scrollTop < last - 1 && page.scrollHeight >= tall) pinned = false;
+  else pinned ||= atEnd();
+  settled();
+});
 addEventListener('resize', grown);
 new ResizeObserver(grown).observe(messages);
 on('htmx:beforeSwap', e => {
@@ -2755,8 +2759,12 @@ async def refused(req, error):
     typed = error.typed
     if req.method == 'POST' and not typed:
         with contextlib.suppress(Refused, HTTPException): typed = (await form_of(req)).get('message', '')
-    return HTMLResponse(to_xml(Page('Parley', [], look=look_of(req), typed=typed, notice=error.words)), error.status,
-                        headers)
+    listed = []
+    with contextlib.suppress(Unusable): listed = await parley(req).store.conversations(OWNER)
+    words = None if typed else Div(H2(error.words), P(A('A new conversation', href='/')), id='empty')
+    notice = error.words if typed else ''  # beside the text that is still there, or in the middle of an empty page
+    return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice)),
+                        error.status, headers)
 
 
 # %% [markdown]
