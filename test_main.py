@@ -1923,6 +1923,17 @@ def test_the_streamed_page_is_node_for_node_what_a_reload_shows(view, upstream):
         assert view.page.evaluate(NODES, f'content-{2 * depth + 1}') == streamed
 
 @browser_test
+def test_what_a_reader_does_in_a_finished_block_survives_to_the_end(view, upstream):
+    code = '```\n' + 'wide ' * 200 + '\n```\n\n'
+    view.send(upstream.says('One paragraph.\n\n' + code, 'Two', gate := Gate(), *(' and *more*',) * 9, '\n\nThree'))
+    view.until('Two').page.evaluate("""() => { const p = document.querySelector('#content-1 p')
+        getSelection().selectAllChildren(p); document.querySelector('#content-1 pre').scrollLeft = 77 }""")
+    gate.open()
+    view.ends()
+    assert view.page.evaluate("""[String(getSelection()).trim(), document.querySelector('#content-1 pre').scrollLeft]
+        """) == ['One paragraph.', 77]
+
+@browser_test
 def test_where_sockets_are_blocked_the_bubble_polls(profile, site, upstream):
     view = View(profile(), site.url, WATCH + '\n' + NO_SOCKETS)
     view.send(upstream.says('half ', gate := Gate(), 'whole'))
