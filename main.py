@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -2833,6 +2834,8 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
     turns = Turns(store, claude, settings)
 
     async def lifespan(app):
+        gc.collect()
+        gc.freeze()  # what is here stays: a collection that looked at it again would stall every stream by 100 ms
         yield
         await turns.close()
         await claude.sdk.close()
