@@ -855,7 +855,17 @@ def small_socket(port):
 
 # ---- Words: tables, properties, an oracle; nothing is timed, work is counted in characters parsed --------------------
 
-CORPUS = json.loads((SOURCE.parent / '.ci' / 'hostile.json').read_text())
+def spelled(case, most=2_000):
+    "The text of a case of the corpus; what repeats does so `most` times at most."
+    text = case['payload']
+    if case.get('enc') == 'repeat':
+        before, unit, times, after = json.loads(text)
+        text = before + unit * min(times, most) + after
+    return text.replace('{{LIVE_ID}}', 'composer')
+
+CORPUS = [case for case in json.loads((SOURCE.parent / '.ci' / 'hostile.json').read_text())
+          if case.get('enc') in (None, 'repeat') and spelled(case).strip()
+          and case['where'] in ('model_output', 'message', 'title', 'form_field', 'filename', 'query', 'system_prompt')]
 # Every construct in a few characters; `⏎` is a line end.
 SMALL = [text.replace('⏎', '\n') for text in (
     'a', '[<https://a.b> c](https://d.e)', '[![x](http://a.b/c)](<d@e.f>)', 'a b⏎c', 'a  ⏎b', 'a\\⏎b', '# a',
@@ -1048,13 +1058,9 @@ def test_an_open_fence_grows_by_letters_alone():
     assert [type(change) for change in setter.feed('`\n')] == [main.Block, main.Tail]
 
 
-@pytest.mark.parametrize('case', [case for case in CORPUS if case['where'] in ('model_output',
-    'message') and case.get('enc') in (None, 'repeat')
-                                  and isinstance(case['payload'], (str, list))], ids=lambda case: case['id'])
+@pytest.mark.parametrize('case', CORPUS, ids=lambda case: case['id'])
 def test_hostile_text_is_harmless(case):
-    payload = case['payload']
-    if isinstance(payload, list): payload = payload[0] + payload[1] * min(payload[2], 2_000) + payload[3]
-    setter = main.Typesetter()
+    payload, setter = spelled(case), main.Typesetter()
     for piece in pieces(payload, random.Random(SEED), max(7, len(payload) // 50)):
         setter.feed(piece)
         assert_harmless(setter.html())
@@ -1144,6 +1150,21 @@ def test_text_is_stored_exactly_and_shown_as_text(me, upstream, text):
     assert shown(page.find('content-0').text) == shown(text)
     assert not page.all(lambda n: n.attrs.get('onload') or n.tag == 'script' and not n.attrs.get('src'))
     assert len(page.all(lambda n: n.attrs.get('id') == 'content-1')) == 1
+
+@pytest.mark.parametrize('case', CORPUS, ids=lambda case: case['id'])
+def test_the_corpus_is_text_as_a_question_as_a_title_and_as_an_answer(me, upstream, case):
+    text = spelled(case)
+    upstream.plans[text] = [says(*pieces(text, random.Random(SEED), max(9, len(text) // 20)))]
+    chat = me.ask(text)
+    assert [chat.ended()['content'], chat.messages[0]['content']] == [text, text]
+    page = Page(chat.page()).root
+    link = page.all(lambda n: n.attrs.get('href') == f'/c/{chat.id}' and n.tag == 'a')[0]
+    title = me.get(f'/c/{chat.id}.json').json()['title']
+    assert shown(link.text) == shown(title) == shown(page.all(lambda n: n.tag == 'title')[0].text)
+    for id in ('content-0', 'content-1'):
+        for node in page.find(id).all(lambda n, id=id: n.attrs.get("id") != id):
+            assert node.tag in TAGS and set(node.attrs) <= ATTRIBUTES, (node.tag, node.attrs)
+    assert len(page.all(lambda n: n.attrs.get('id') == 'composer')) == 1
 
 def shown(text): return re.sub('[\0\ufffd]', '', text).strip('\n')      # HTML has no NUL
 
@@ -2038,6 +2059,26 @@ def test_hostile_text_executes_nothing(view, upstream):
         assert view.page.evaluate('window.__pwn') is None
         assert '<svg onload=window.__pwn=1>' in view.text(1) and '<svg onload=window.__pwn=1>' in view.text(0)
         view.page.reload()
+
+@browser_test
+def test_the_corpus_opens_no_dialog_asks_no_other_host_and_leaves_the_console_empty(profile, new_site, upstream):
+    site = new_site()
+    with socket.create_server(('127.0.0.1', 0)) as canary:
+        texts = [spelled(case).replace('{{CANARY}}', f'http://127.0.0.1:{canary.getsockname()[1]}') for case in CORPUS]
+        chat = None
+        for text in texts:
+            upstream.plans[text] = [says(text)]
+            chat = chat.say(text) if chat else site.person().ask(text)
+            chat.ended()
+        view, dialogs = View(profile(), f'{site.url}/c/{chat.id}'), []
+        view.page.on('dialog', lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+        for end in range(2 * len(texts), 0, -30):
+            view.page.goto(f'{site.url}/c/{chat.id}?before={end}')
+            view.page.wait_for_timeout(50)
+            assert view.page.evaluate('[window.__pwn, document.querySelectorAll("#composer").length]') == [None, 1]
+        canary.settimeout(0)
+        with pytest.raises(BlockingIOError): canary.accept()
+    assert not dialogs and not view.console and view.hosts <= {site.url}
 
 @browser_test
 def test_the_page_follows_the_text_only_while_the_reader_is_at_the_bottom(view, upstream):
