@@ -19,6 +19,7 @@ import contextlib
 import contextvars
 import fcntl
 import functools
+import gc
 import hashlib
 import hmac
 import importlib.util
@@ -643,7 +644,7 @@ class Claude:
         self.sdk = anthropic.AsyncAnthropic(
             api_key=settings.api_key or (None if settings.auth_token else 'none'),
             auth_token=settings.auth_token or None, base_url=settings.base_url or None, max_retries=0,
-            timeout=httpx2.Timeout(settings.idle_seconds, connect=10),
+            default_headers={'accept-encoding': 'identity'}, timeout=httpx2.Timeout(settings.idle_seconds, connect=10),
             http_client=http or anthropic.DefaultAsyncHttpxClient(follow_redirects=False))
 
     @property
@@ -704,12 +705,14 @@ class Claude:
                 response = await stack.enter_async_context(self.sdk.messages.with_streaming_response.create(
                     model=limits.model, max_tokens=limits.max_tokens, messages=turns, stream=True))
             if not response.headers.get('content-type', '').startswith('text/event-stream'): raise Fault(FOREIGN)
-            lines, chunks, heard = EventLines(), response.iter_bytes(), clock()
+            if 'content-encoding' in response.headers: raise Fault(FOREIGN)  # not asked for; it could be a bomb
+            lines, chunks, heard, room = EventLines(), response.iter_bytes(), clock(), 32 * limits.max_reply_chars
             pace = functools.partial(self._pace, response, stack)
             while True:
                 patience = min(limits.idle_seconds, heard + limits.stall_seconds - clock())
                 async with asyncio.timeout(patience): chunk = await anext(chunks, None)
                 if chunk is None: return
+                if (room := room - len(chunk)) < 0: raise Fault('Claude sent more than can be read.')
                 if events := lines.feed(chunk):
                     if any(event['type'] != 'ping' for event in events): heard = clock()
                     if pace and any(event['type'] == 'content_block_delta' for event in events): pace = pace()
@@ -1905,7 +1908,7 @@ class LiveReply:
                 self.finished = True
             self._add(changes)
 
-    def _new(self): return islice(self.turn.pieces, self.read, None)
+    def _new(self): return self.turn.pieces[self.read:]
 
     def _read(self):
         text, self.read = ''.join(self._new()), len(self.turn.pieces)
@@ -2418,22 +2421,26 @@ addEventListener('pageshow', e => { if (e.persisted) location.reload(); });
 // The reader's place, decided here only. The end is followed while it is in view; else what is seen stays where it is,
 // also when older messages come in above, after a reload, and on the way back.
 const page = document.scrollingElement, messages = $('#messages'), jump = $('#jump');
-let pinned = true, last = 0, below = null;
+let pinned = true, last = 0, tall = 0, below = null;
 const atEnd = () => page.scrollHeight - page.scrollTop - page.clientHeight < 40;
 const toEnd = () => { pinned = true; page.scrollTop = page.scrollHeight; };
 const place = () => 'place:' + location.pathname;
-function moved() {
-  pinned = page.scrollTop >= last ? pinned || atEnd() : atEnd();
+function settled() {
   last = page.scrollTop;
+  tall = page.scrollHeight;
   jump.hidden = pinned || atEnd();
 }
 function grown() {
   if (below !== null) page.scrollTop = page.scrollHeight - below;
   else if (pinned) toEnd();
   below = null;
-  moved();
+  settled();
 }
-on('scroll', moved);
+on('scroll', () => { // a step up is the reader's wish to stay, however small, unless the page has only shrunk
+  if (page.scrollTop < last - 1 && page.scrollHeight >= tall) pinned = false;
+  else pinned ||= atEnd();
+  settled();
+});
 addEventListener('resize', grown);
 new ResizeObserver(grown).observe(messages);
 on('htmx:beforeSwap', e => {
@@ -3123,8 +3130,12 @@ async def refused(req, error):
     if req.method == 'POST' and not typed:
         with contextlib.suppress(Refused, HTTPException, RuntimeError):  # the body may have been read by half
             typed = (await form_of(req)).get('message', '')
-    return HTMLResponse(to_xml(Page('Parley', [], look=look_of(req), typed=typed, notice=error.words)), error.status,
-                        headers)
+    listed = []
+    with contextlib.suppress(Unusable): listed = await parley(req).store.conversations(owner(req))
+    words = None if typed else Div(H2(error.words), P(A('A new conversation', href='/')), id='empty')
+    notice = error.words if typed else ''  # beside the text that is still there, or in the middle of an empty page
+    return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice)),
+                        error.status, headers)
 
 
 # %% [markdown]
@@ -3194,6 +3205,8 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
 
     async def lifespan(app):
         await door.open()
+        gc.collect()
+        gc.freeze()  # what is here stays: a collection that looked at it again would stall every stream by 100 ms
         yield
         await turns.close()
         await claude.sdk.close()

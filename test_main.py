@@ -854,7 +854,17 @@ def small_socket(port):
 
 # ---- Words: tables, properties, an oracle; nothing is timed, work is counted in characters parsed --------------------
 
-CORPUS = json.loads((SOURCE.parent / '.ci' / 'hostile.json').read_text())
+def spelled(case, most=2_000):
+    "The text of a case of the corpus; what repeats does so `most` times at most."
+    text = case['payload']
+    if case.get('enc') == 'repeat':
+        before, unit, times, after = json.loads(text)
+        text = before + unit * min(times, most) + after
+    return text.replace('{{LIVE_ID}}', 'composer')
+
+CORPUS = [case for case in json.loads((SOURCE.parent / '.ci' / 'hostile.json').read_text())
+          if case.get('enc') in (None, 'repeat') and spelled(case).strip()
+          and case['where'] in ('model_output', 'message', 'title', 'form_field', 'filename', 'query', 'system_prompt')]
 # Every construct in a few characters; `⏎` is a line end.
 SMALL = [text.replace('⏎', '\n') for text in (
     'a', '[<https://a.b> c](https://d.e)', '[![x](http://a.b/c)](<d@e.f>)', 'a b⏎c', 'a  ⏎b', 'a\\⏎b', '# a',
@@ -1047,13 +1057,9 @@ def test_an_open_fence_grows_by_letters_alone():
     assert [type(change) for change in setter.feed('`\n')] == [main.Block, main.Tail]
 
 
-@pytest.mark.parametrize('case', [case for case in CORPUS if case['where'] in ('model_output',
-    'message') and case.get('enc') in (None, 'repeat')
-                                  and isinstance(case['payload'], (str, list))], ids=lambda case: case['id'])
+@pytest.mark.parametrize('case', CORPUS, ids=lambda case: case['id'])
 def test_hostile_text_is_harmless(case):
-    payload = case['payload']
-    if isinstance(payload, list): payload = payload[0] + payload[1] * min(payload[2], 2_000) + payload[3]
-    setter = main.Typesetter()
+    payload, setter = spelled(case), main.Typesetter()
     for piece in pieces(payload, random.Random(SEED), max(7, len(payload) // 50)):
         setter.feed(piece)
         assert_harmless(setter.html())
@@ -1143,6 +1149,21 @@ def test_text_is_stored_exactly_and_shown_as_text(me, upstream, text):
     assert shown(page.find('content-0').text) == shown(text)
     assert not page.all(lambda n: n.attrs.get('onload') or n.tag == 'script' and not n.attrs.get('src'))
     assert len(page.all(lambda n: n.attrs.get('id') == 'content-1')) == 1
+
+@pytest.mark.parametrize('case', CORPUS, ids=lambda case: case['id'])
+def test_the_corpus_is_text_as_a_question_as_a_title_and_as_an_answer(me, upstream, case):
+    text = spelled(case)
+    upstream.plans[text] = [says(*pieces(text, random.Random(SEED), max(9, len(text) // 20)))]
+    chat = me.ask(text)
+    assert [chat.ended()['content'], chat.messages[0]['content']] == [text, text]
+    page = Page(chat.page()).root
+    link = page.all(lambda n: n.attrs.get('href') == f'/c/{chat.id}' and n.tag == 'a')[0]
+    title = me.get(f'/c/{chat.id}.json').json()['title']
+    assert shown(link.text) == shown(title) == shown(page.all(lambda n: n.tag == 'title')[0].text)
+    for id in ('content-0', 'content-1'):
+        for node in page.find(id).all(lambda n, id=id: n.attrs.get("id") != id):
+            assert node.tag in TAGS and set(node.attrs) <= ATTRIBUTES, (node.tag, node.attrs)
+    assert len(page.all(lambda n: n.attrs.get('id') == 'composer')) == 1
 
 def shown(text): return re.sub('[\0\ufffd]', '', text).strip('\n')      # HTML has no NUL
 
@@ -1922,6 +1943,17 @@ def test_the_streamed_page_is_node_for_node_what_a_reload_shows(view, upstream):
         assert view.page.evaluate(NODES, f'content-{2 * depth + 1}') == streamed
 
 @browser_test
+def test_what_a_reader_does_in_a_finished_block_survives_to_the_end(view, upstream):
+    code = '```\n' + 'wide ' * 200 + '\n```\n\n'
+    view.send(upstream.says('One paragraph.\n\n' + code, 'Two', gate := Gate(), *(' and *more*',) * 9, '\n\nThree'))
+    view.until('Two').page.evaluate("""() => { const p = document.querySelector('#content-1 p')
+        getSelection().selectAllChildren(p); document.querySelector('#content-1 pre').scrollLeft = 77 }""")
+    gate.open()
+    view.ends()
+    assert view.page.evaluate("""[String(getSelection()).trim(), document.querySelector('#content-1 pre').scrollLeft]
+        """) == ['One paragraph.', 77]
+
+@browser_test
 def test_where_sockets_are_blocked_the_bubble_polls(profile, site, upstream):
     view = View(profile(), site.url, WATCH + '\n' + NO_SOCKETS)
     view.send(upstream.says('half ', gate := Gate(), 'whole'))
@@ -2028,6 +2060,26 @@ def test_hostile_text_executes_nothing(view, upstream):
         view.page.reload()
 
 @browser_test
+def test_the_corpus_opens_no_dialog_asks_no_other_host_and_leaves_the_console_empty(profile, new_site, upstream):
+    site = new_site()
+    with socket.create_server(('127.0.0.1', 0)) as canary:
+        texts = [spelled(case).replace('{{CANARY}}', f'http://127.0.0.1:{canary.getsockname()[1]}') for case in CORPUS]
+        chat = None
+        for text in texts:
+            upstream.plans[text] = [says(text)]
+            chat = chat.say(text) if chat else site.person().ask(text)
+            chat.ended()
+        view, dialogs = View(profile(), f'{site.url}/c/{chat.id}'), []
+        view.page.on('dialog', lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+        for end in range(2 * len(texts), 0, -30):
+            view.page.goto(f'{site.url}/c/{chat.id}?before={end}')
+            view.page.wait_for_timeout(50)
+            assert view.page.evaluate('[window.__pwn, document.querySelectorAll("#composer").length]') == [None, 1]
+        canary.settimeout(0)
+        with pytest.raises(BlockingIOError): canary.accept()
+    assert not dialogs and not view.console and view.hosts <= {site.url}
+
+@browser_test
 def test_the_page_follows_the_text_only_while_the_reader_is_at_the_bottom(view, upstream):
     gate, more = Gate(), ('line of text\n\n' * 40,)
     view.send(upstream.says('go ', more, more, gate, more, 'end')).until('line')
@@ -2049,3 +2101,403 @@ def test_the_page_fits_a_phone(profile, site, upstream, scheme):
     view.send(upstream.says('x' * 3000)).ends()
     assert view.page.evaluate('document.documentElement.scrollWidth <= innerWidth') and view.composer.is_visible()
     assert not view.console
+
+
+# ---- Look -----------------------------------------------------------------------------------------------------------
+
+def clipboard(profile, site, **options):
+    "A tab that may read the clipboard."
+    context = profile(permissions=['clipboard-read', 'clipboard-write'], **options)
+    view = View(context, site.url)
+    view.pasted = lambda: view.page.evaluate('navigator.clipboard.readText()')
+    return view
+
+LONG = '''import sqlite3, sys, time
+db, count = sqlite3.connect(sys.argv[1], timeout=10), int(sys.argv[2])
+first = db.execute('select coalesce(max(id), 0) + 1 from message').fetchone()[0]
+with db:
+    db.execute("insert into conversation values ('long', 'owner', 'A long one', ?, ?, ?)", (first + count - 1, *[time.time()] * 2))
+    db.executemany("""insert into message values (?, 'long', 'owner', ?, ?, ?, ?, 'done', '', '', null, ?, ?)""", [
+        (first + n, first + n - 1 if n else None, n, 'assistant' if n % 2 else 'user', f'message {n} ' + 'and so on ' * 40,
+         *[time.time()] * 2) for n in range(count)])
+'''
+
+@pytest.fixture(scope='module')
+def long(new_site):
+    "A site with a conversation of 2,000 messages at /c/long."
+    site = new_site()
+    subprocess.run([sys.executable, '-c', LONG, str(site.db), '2000'], check=True, timeout=DEADLINE)
+    return site
+
+def scrolled(view): return view.page.evaluate('[scrollY, document.documentElement.scrollHeight - innerHeight - scrollY]')
+def said(view): return view.page.locator('#said').text_content()
+
+
+@browser_test
+def test_keys_lead_to_the_composer_the_keys_and_the_palette(view):
+    view.page.evaluate('document.activeElement.blur()')
+    view.page.keyboard.press('?')
+    assert view.page.locator('#keys').is_visible() and 'Esc' in view.page.locator('#keys').inner_text()
+    view.page.keyboard.press('Escape')
+    assert not view.page.locator('#keys').is_visible()
+    view.page.keyboard.press('/')
+    view.page.keyboard.type('a/b?')
+    assert view.composer.input_value() == 'a/b?' and not view.page.locator('dialog[open]').count()
+    view.page.keyboard.press('Control+k')
+    assert view.page.locator('#palette').is_visible()
+    view.page.keyboard.press('Meta+k')
+    assert not view.page.locator('#palette').is_visible()
+
+@browser_test
+def test_the_palette_finds_conversations_and_actions_by_words(view, upstream):
+    view.send(upstream.says('one') + ' Crème brûlée').ends()
+    there = view.page.url
+    view.page.goto(view.url)
+    view.page.keyboard.press('Control+k')
+    view.page.keyboard.type('brulee creme')
+    options = view.page.get_by_role('option')
+    assert options.count() == 1 and options.first.get_attribute('aria-selected') == 'true'
+    query = view.page.locator('#query')
+    assert query.get_attribute('aria-activedescendant') == options.first.get_attribute('id')
+    view.page.keyboard.press('Enter')
+    view.page.wait_for_url(there)
+    view.page.keyboard.press('Control+k')
+    view.page.keyboard.type('theme')
+    view.page.keyboard.press('ArrowDown')
+    view.page.keyboard.press('ArrowUp')
+    view.page.keyboard.press('ArrowUp')
+    assert options.count() == 3 and 'dark' in view.page.locator('[aria-selected=true]').inner_text()
+    view.page.keyboard.press('Enter')
+    assert view.page.locator('html').get_attribute('data-theme') == 'dark'
+    view.page.keyboard.press('Control+k')
+    view.page.keyboard.type('nothing has this name')
+    assert not options.count() and view.page.get_by_text('Nothing found.').is_visible()
+    view.page.keyboard.press('Enter')
+    assert not view.page.locator('#palette').is_visible()
+
+@browser_test
+def test_escape_closes_what_is_open_before_it_stops_the_reply(view, upstream):
+    view.send(upstream.says('half ', HANG)).until('half')
+    view.page.keyboard.press('Control+k')
+    view.page.keyboard.press('Escape')
+    view.page.wait_for_timeout(200)
+    assert view.bubble(1).get_attribute('data-status') == 'streaming' and not view.page.locator('dialog[open]').count()
+    view.page.keyboard.press('Escape')
+    view.ends('stopped')
+
+@browser_test
+def test_enter_that_confirms_a_composition_does_not_send(view, upstream):
+    view.composer.fill('にほん')
+    view.page.evaluate('''() => { for (const how of [{isComposing: true}, {keyCode: 229}]) for (const key of ['Enter', 'Escape'])
+        document.querySelector('#message').dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, ...how})) }''')
+    view.page.wait_for_timeout(200)
+    assert not view.kinds('sent') and view.composer.input_value() == 'にほん'
+    view.composer.press('Enter')
+    assert view.eventually(lambda: view.kinds('sent'))
+    view.ends()
+
+@browser_test
+def test_up_in_an_empty_composer_recalls_the_last_question(view, upstream):
+    question = upstream.says('one') + '\n\n  **two** ```three```\n'
+    view.send(question).ends()
+    view.composer.press('ArrowUp')
+    assert view.eventually(lambda: view.composer.input_value() == question)
+    view.composer.fill('mine')
+    view.composer.press('ArrowUp')
+    view.page.wait_for_timeout(100)
+    assert view.composer.input_value() == 'mine'
+
+@browser_test
+def test_copy_gives_the_exact_markdown(profile, site, upstream):
+    view, answer = clipboard(profile, site), '# One\n\n- *a*  \n- b\t<i>&amp;\n\n```\n x\n```\n\n'
+    view.send(upstream.says(answer)).ends()
+    view.bubble(1).hover()
+    view.bubble(1).locator('.copy').click()
+    assert view.eventually(lambda: said(view) == 'Copied') and view.pasted() == answer
+    assert view.page.evaluate('fetch(document.querySelector("#msg-1 .copy").href).then(r => r.text())') == answer
+
+@browser_test
+def test_code_is_copied_exactly_and_wraps_on_demand(profile, site, upstream):
+    view, code = clipboard(profile, site), '\tif a < b && c:\n\n        print("  x")' + ' # long' * 60 + '\n'
+    view.send(upstream.says(f'Look:\n\n```python\n{code}```\n\nThat is all.')).ends()
+    view.button('Copy this code').click()
+    assert view.eventually(lambda: said(view) == 'Copied') and view.pasted() == code
+    wide = '(e => e.scrollWidth > e.clientWidth)(document.querySelector("#content-1 pre"))'
+    assert view.page.evaluate(wide)
+    view.button('Wrap').click()
+    assert not view.page.evaluate(wide) and view.button('Wrap').get_attribute('aria-pressed') == 'true'
+    assert view.page.locator('figcaption button').count() == 2
+
+@browser_test
+def test_the_time_of_a_message_is_there_for_pointer_and_keyboard(view, upstream):
+    view.send(upstream.says('one')).ends()
+    shown = lambda: float(view.bubble(1).locator('.actions').evaluate('e => getComputedStyle(e).opacity'))
+    view.page.mouse.move(5, 5)
+    assert view.eventually(lambda: shown() == 0)
+    view.bubble(1).hover()
+    assert view.eventually(lambda: shown() == 1) and '20' in view.bubble(1).locator('time').inner_text()
+    view.page.mouse.move(5, 5)
+    view.bubble(1).locator('.copy').focus()
+    assert view.eventually(lambda: shown() == 1)
+
+@browser_test
+def test_the_end_is_offered_to_a_reader_who_left_it(view, upstream):
+    gate, more = Gate(), 'line of text\n\n' * 60
+    view.send(upstream.says(more, gate, more, 'end')).until('line')
+    assert view.eventually(lambda: scrolled(view)[1] < 2) and not view.page.locator('#jump').is_visible()
+    view.page.mouse.move(400, 300)
+    view.page.mouse.wheel(0, -300)
+    assert view.eventually(lambda: view.page.locator('#jump').is_visible())
+    before = scrolled(view)[0]
+    gate.open()
+    view.ends()
+    view.page.wait_for_timeout(100)
+    assert scrolled(view)[0] == before
+    view.button('Jump to the end').click()
+    assert view.eventually(lambda: scrolled(view)[1] < 2 and not view.page.locator('#jump').is_visible())
+
+@browser_test
+def test_a_small_step_up_is_enough_to_stay(view, upstream):
+    gate = Gate()
+    more = itertools.chain(*(('more words\n\n', .01) for _ in range(40)))
+    view.send(upstream.says('line of text\n\n' * 60, gate, *more)).until('line')
+    assert view.eventually(lambda: scrolled(view)[1] < 2)
+    view.page.mouse.move(400, 300)
+    view.page.mouse.wheel(0, -20)
+    assert view.eventually(lambda: scrolled(view)[1] > 15)
+    view.page.wait_for_timeout(200)
+    before = scrolled(view)[0]
+    gate.open()
+    view.ends()
+    assert scrolled(view)[0] == before
+
+@browser_test
+def test_the_page_does_not_move_when_a_reply_completes(view, upstream):
+    view.send(upstream.says('line of text\n\n' * 60 + 'last', gate := Gate(), ' words')).until('last')
+    assert view.eventually(lambda: scrolled(view)[1] < 2)
+    before = view.page.locator('#content-1').bounding_box()['y']
+    gate.open()
+    view.ends()
+    view.page.wait_for_timeout(100)
+    assert abs(view.page.locator('#content-1').bounding_box()['y'] - before) < 2
+
+@browser_test
+def test_a_long_conversation_opens_at_its_end_in_under_a_second(profile, long):
+    view = View(profile(), long.url)
+    begun = time.monotonic()
+    view.page.goto(long.url + '/c/long')
+    took = time.monotonic() - begun
+    assert 'message 1999' in view.text(1999) and scrolled(view)[1] < 2 and took < 1, took
+    assert view.page.locator('.message').count() <= 60 and not view.console
+
+@browser_test
+def test_older_messages_load_above_and_keep_the_readers_place(profile, long):
+    view = View(profile(), long.url + '/c/long')
+    view.page.wait_for_timeout(200)
+    first = lambda: int(view.page.locator('.message').first.get_attribute('id')[4:])
+    for _ in range(3):
+        top = first()
+        at = view.page.evaluate('''id => { scrollTo(0, 60); return document.getElementById(id).getBoundingClientRect().y }''',
+                                f'msg-{top}')       # the link is in sight, and a message to keep an eye on
+        assert view.eventually(lambda top=top: first() < top) and first() == top - 30
+        assert view.eventually(lambda top=top, at=at: abs(view.bubble(top).bounding_box()['y'] - at) < 2)
+    ids = view.page.evaluate('[...document.querySelectorAll(".message")].map(m => +m.id.slice(4))')
+    assert ids == list(range(ids[0], 2000)) and not view.console
+
+@browser_test
+def test_older_messages_are_a_link_without_javascript(profile, long):
+    view = View(profile(java_script_enabled=False), long.url + '/c/long')
+    view.page.get_by_text('Earlier messages').click()
+    assert view.bubble(1969).count() and not view.bubble(1970).count()
+    view.page.get_by_text('To the end of the conversation').click()
+    assert view.bubble(1999).count()
+
+@browser_test
+def test_a_reload_brings_the_reader_back_to_the_place(profile, long):
+    view = View(profile(), long.url + '/c/long')
+    view.page.evaluate('scrollTo(0, 900)')
+    view.page.wait_for_timeout(100)
+    seen = view.page.evaluate('[...document.querySelectorAll(".message")].find(m => m.getBoundingClientRect().top > 60).id')
+    at = view.page.locator(f'#{seen}').bounding_box()['y']
+    view.page.reload()
+    assert view.eventually(lambda: abs(view.page.locator(f'#{seen}').bounding_box()['y'] - at) < 2)
+
+@browser_test
+@pytest.mark.parametrize('script', [True, False])
+def test_theme_and_sidebar_are_remembered(profile, site, script):
+    view = View(profile(java_script_enabled=script, color_scheme='light'), site.url)
+    paper = lambda: view.page.locator('body').bounding_box() and view.page.locator('html').get_attribute('data-theme')
+    view.button('^Dark$').click()
+    assert view.eventually(lambda: paper() == 'dark') and view.button('^Dark$').get_attribute('aria-pressed') == 'true'
+    view.button('^Sidebar$').click()
+    assert view.eventually(lambda: not view.page.locator('#sidebar').is_visible())
+    answer = view.page.goto(site.url)
+    assert 'data-theme="dark"' in answer.text() and not view.page.locator('#sidebar').is_visible()     # the first paint is right
+    view.button('^Sidebar$').click()
+    assert view.eventually(lambda: view.page.locator('#sidebar').is_visible())
+
+@pytest.mark.parametrize('back', ['//evil.example', 'https://evil.example', '/\\evil.example', '', 'javascript:x'])
+def test_a_change_of_look_leads_nowhere_else(me, back):
+    answer = me.post('/look', htmx=False, theme='dark', sidebar='<b>', back=back)
+    assert answer.status_code == 303 and answer.headers['Location'] == '/'
+    assert 'theme=dark' in answer.headers['Set-Cookie'] and 'sidebar' not in answer.headers['Set-Cookie']
+    assert 'data-theme="auto"' in me.get('/', Cookie='theme="><script>').text
+
+@browser_test
+def test_an_example_is_a_question_without_javascript_too(profile, new_site):
+    view = View(profile(java_script_enabled=False), new_site(api_key=None, demo=True).url)
+    assert 'demo model' in view.page.locator('#empty').inner_text() and view.page.locator('.examples button').count() == 4
+    question = view.page.locator('.examples button').first.inner_text()
+    view.page.locator('.examples button').first.click()
+    assert view.text(0) == question and view.ends()
+
+@browser_test
+def test_on_a_phone_the_sidebar_is_an_overlay_without_javascript_too(profile, site):
+    view = View(profile(java_script_enabled=False, viewport={'width': 390, 'height': 800}), site.url)
+    assert not view.page.locator('#sidebar').is_visible()
+    view.button('Conversations').click()
+    assert view.page.locator('#sidebar').is_visible() and view.page.get_by_role('link', name='New conversation').first.is_visible()
+    view.page.keyboard.press('Escape')
+    assert not view.page.locator('#sidebar').is_visible()
+
+@browser_test
+def test_a_reply_is_announced_at_start_end_and_error_only(view, upstream):
+    view.page.evaluate('''() => { window.__said = []; new MutationObserver(() => window.__said.push(
+        document.querySelector('#said').textContent)).observe(document.querySelector('#said'), {childList: true}) }''')
+    view.send(upstream.says('half ', gate := Gate(), *(f'word{n} ' for n in range(30)))).until('half')
+    gate.open()
+    view.ends()
+    view.send(upstream.plays(refuses(401))).ends('failed', idx=3)
+    told = view.page.evaluate('window.__said')
+    if len(told) == 3: told.insert(2, told[0])      # it failed so fast that there was nothing to begin
+    assert told[:3] == ['Claude is answering.', 'Claude has answered.', 'Claude is answering.'] and len(told) == 4
+    assert 'key was refused' in told[3]
+    live = view.page.evaluate('''[...document.querySelectorAll('[aria-live], [role=log], [role=status], [role=alert]')].filter(
+        e => e.closest('.content') || e.querySelector('.content')).length''')
+    assert live == 0
+
+@browser_test
+def test_a_reply_that_ends_in_a_background_tab_shows_in_title_and_icon(view, upstream):
+    view.send(upstream.says('half ', gate := Gate(), 'whole')).until('half')
+    look = '''hidden => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true})
+        document.dispatchEvent(new Event('visibilitychange')) }'''
+    icon = lambda: view.page.locator('link[rel=icon]').get_attribute('href')
+    calm, title = icon(), view.page.title()
+    view.page.evaluate(look, True)
+    gate.open()
+    view.ends()
+    assert view.eventually(lambda: view.page.title() == '● ' + title) and icon().endswith('news.svg')
+    view.page.evaluate(look, False)
+    assert view.page.title() == title and icon().endswith(calm)
+
+@browser_test
+def test_it_can_be_installed(view):
+    session = view.page.context.new_cdp_session(view.page)
+    found = session.send('Page.getAppManifest')
+    told = json.loads(found['data'])
+    assert not found['errors'] and told['display'] == 'standalone' and told['start_url'] == '/'
+    for icon in told['icons']: assert view.page.request.get(view.url + icon['src']).headers['content-type'] == 'image/svg+xml'
+
+@browser_test
+def test_an_image_is_never_loaded_and_opens_in_a_tab_of_its_own(profile, site, upstream):
+    view = View(profile(), site.url)
+    view.profile.route('http://image.invalid/**', lambda route: route.fulfill(body='an image'))
+    view.send(upstream.says('![A cat](http://image.invalid/a.png)')).ends()
+    view.page.wait_for_timeout(200)
+    assert view.hosts == {site.url}
+    view.page.locator('.image').focus()
+    with view.profile.expect_page() as opened: view.page.keyboard.press('Enter')
+    opened.value.wait_for_load_state()
+    assert opened.value.url == 'http://image.invalid/a.png' and opened.value.evaluate('[opener, document.referrer]') == [None, '']
+
+@browser_test
+@pytest.mark.parametrize('width', [320, 640])        # 1280 pixels at 400 and at 200 %
+def test_the_page_can_be_zoomed(profile, site, upstream, width):
+    view = View(profile(viewport={'width': width, 'height': 400}), site.url)
+    view.send(upstream.says('x' * 500)).ends()
+    assert view.page.evaluate('document.documentElement.scrollWidth <= innerWidth') and view.composer.is_visible()
+
+@browser_test
+def test_on_a_touch_screen_everything_is_large_enough(profile, site, upstream):
+    view = View(profile(viewport={'width': 390, 'height': 800}, has_touch=True, is_mobile=True), site.url)
+    small = '''[...document.querySelectorAll('button, a, summary, textarea')].filter(e => e.checkVisibility() &&
+        !e.closest('.content, .unseen')).filter(e => { const b = e.getBoundingClientRect(); return b.width < 43.5 || b.height < 43.5
+        }).map(e => e.outerHTML)'''
+    assert not view.page.evaluate(small)
+    view.send(upstream.says('x', HANG)).until('x')
+    view.button('stop').first.click()
+    view.ends('stopped')
+    view.button('Conversations').click()
+    assert not view.page.evaluate(small)
+
+
+@pytest.fixture(scope='module')
+def axe():
+    "A look of axe-core at a page: the violations it finds, in short."
+    if not os.environ.get('AXE'): pytest.skip('AXE does not name axe.min.js (npm pack axe-core)')
+    source = Path(os.environ['AXE']).read_text()
+
+    def look(view):
+        view.page.evaluate(source)
+        found = view.page.evaluate('axe.run({runOnly: {type: "tag", values: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa",'
+                                   ' "wcag22aa", "best-practice"]}}).then(r => r.violations)')
+        return [(v['id'], v['impact'], [n['html'][:200] for n in v['nodes']][:3]) for v in found]
+    return look
+
+RICH = '''Words, [a link](https://example.org), `code`, $x^2$ and a note[^1].
+
+### A heading
+
+- item
+- [x] task
+
+```python
+class A:
+    def f(self, x=1): return 'a' + str(x)  # why
+```
+
+```diff
+- old
++ new
+```
+
+| a | b |
+|---|--:|
+| 1 | 2 |
+
+> quoted
+
+![A cat](https://example.org/a.png)
+
+$$\frac a b$$
+
+[^1]: The note.
+'''
+
+@browser_test
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('width', [390, 1280])
+def test_axe_finds_no_violation(profile, long, upstream, axe, scheme, width):
+    view = View(profile(color_scheme=scheme, viewport={'width': width, 'height': 800}), long.url)
+    assert axe(view) == []
+    view.page.goto(long.url + '/c/long')
+    assert axe(view) == []
+    view.page.goto(long.url)
+    view.send(upstream.says('half ', gate := Gate(), '\n\n' + RICH)).until('half')
+    assert axe(view) == []
+    gate.open()
+    view.ends()
+    assert axe(view) == []
+    view.send(upstream.plays(refuses(401))).ends('failed', idx=3)
+    assert axe(view) == []
+    view.page.keyboard.press('Control+k')
+    assert view.page.get_by_role('option').count() > 3 and axe(view) == []
+    view.page.keyboard.press('Escape')
+    view.page.evaluate('document.activeElement.blur()')
+    view.page.keyboard.press('?')
+    assert view.page.locator('#keys').is_visible() and axe(view) == []
+    view.page.keyboard.press('Escape')
+    if width == 390:
+        view.button('Conversations').click()
+        assert axe(view) == []
+    assert axe(View(profile(color_scheme=scheme), long.url + '/c/unknown')) == []
