@@ -2848,6 +2848,7 @@ class Door:
         return min(self.settings.session_days * DAY - age, self.settings.session_idle_days * DAY - unseen)
 
     async def save(self, session):
+        if session.id not in self.sessions: return  # it has just been ended
         with contextlib.suppress(Unusable): await self.store.keep_session(session)  # else it ends with the process
 
     async def enter(self, conn: HTTPConnection, password: str) -> str:
@@ -3280,7 +3281,7 @@ class JsonLines(logging.Formatter):
     "One JSON object a line. Of an exception only its type and where it rose: its text may quote a secret or a message."
     def format(self, record):
         line = {'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(record.created)), 'level': record.levelname,
-                'logger': record.name, 'event': record.getMessage(), 'request': REQUEST.get()}
+                'logger': record.name, 'event': record.getMessage().partition('\n')[0], 'request': REQUEST.get()}
         if record.exc_info and (error := record.exc_info[1]):
             frames = traceback.extract_tb(error.__traceback__)
             line |= {'error': type(error).__name__, 'at': [f'{Path(f.filename).name}:{f.lineno}' for f in frames[-8:]]}
@@ -3304,7 +3305,8 @@ def main():
     logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
     for chatty in ('anthropic', 'httpx2', 'httpcore2', 'httpx', 'uvicorn', 'asyncio'):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    resource.setrlimit(resource.RLIMIT_NOFILE, [resource.getrlimit(resource.RLIMIT_NOFILE)[1]] * 2)  # all we may have
+    with contextlib.suppress(ValueError, OSError):  # as many sockets as we may have
+        resource.setrlimit(resource.RLIMIT_NOFILE, [resource.getrlimit(resource.RLIMIT_NOFILE)[1]] * 2)
     try: app = create_app(settings)
     except Unusable as error: raise SystemExit(f'{settings.database}: {error}') from None
     if settings.demo: log.info('no key is set: the demo model answers')
