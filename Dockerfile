@@ -10,6 +10,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && useradd --uid 1000 --no-create-home parley \
     && install -d -m 700 -o parley /data
 COPY main.py .
+# Others can reach HOST, so it starts only with APP_PASSWORD or APP_PASSWORD_HASH.
 ENV HOST=0.0.0.0 PORT=8080 DATABASE_URL=sqlite:////data/parley.db PYTHONDONTWRITEBYTECODE=1
 USER 1000
 VOLUME /data

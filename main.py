@@ -16,31 +16,38 @@
 # %%
 import asyncio
 import contextlib
+import contextvars
 import fcntl
 import functools
 import gc
 import hashlib
+import hmac
 import importlib.util
 import json
 import logging
 import os
 import random
 import re
+import resource
 import secrets
+import shutil
 import signal
 import stat
 import sys
 import time
+import traceback
+import unicodedata
 from collections import ChainMap, deque
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from getpass import getpass
 from html import escape, unescape
+from ipaddress import ip_network
 from itertools import islice
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
-import anthropic
 import apsw
 import httpx2
 import nh3
@@ -60,14 +67,17 @@ from mdit_py_plugins.footnote.index import footnote_def
 from pygments.lexers import get_lexer_by_name
 from pygments.token import STANDARD_TYPES
 from pygments.util import ClassNotFound
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 NOTEBOOK = 'ipykernel' in sys.modules
 log = logging.getLogger('parley')
@@ -91,6 +101,9 @@ def setting(default, meaning, env='', low=None, high=None, secret=False):
     return field(default=default, repr=not secret, metadata=dict(meaning=meaning, env=env, low=low, high=high))
 
 
+HASH = re.compile(r'scrypt:(\d{1,2}):(\d{1,2}):(\d{1,2}):([0-9a-f]{32}):([0-9a-f]{64})')  # log2 n, r, p, salt, hash
+
+
 @dataclass(frozen=True)
 class Settings:
     "What can be set, once, at the start. Durations in seconds, sizes in characters unless the name says bytes."
@@ -104,6 +117,13 @@ class Settings:
     host: str = setting('127.0.0.1', 'the address to listen on')
     port: int = setting(5001, 'the port to listen on', low=0, high=65_535)
     session_secret: str = setting('', 'signs sessions; else made once and kept beside the database', secret=True)
+    app_password: str = setting('', 'what one signs in with; needed wherever others could reach Parley', secret=True)
+    app_password_hash: str = setting('', 'the same, as `python main.py hash` prints it', secret=True)
+    allowed_hosts: str = setting('', 'the names Parley is reached by, with commas between')
+    trusted_proxies: str = setting('', 'addresses or networks whose X-Forwarded-For and -Proto are believed')
+    fly_app_name: str = setting('', 'set by Fly.io')
+    session_idle_days: float = setting(30.0, 'how long one stays signed in unseen', low=0.001, high=365)
+    session_days: float = setting(90.0, 'how long one stays signed in at all', low=0.001, high=365)
     log_level: str = setting('INFO', 'DEBUG, INFO, WARNING or ERROR')
     drain_seconds: float = setting(3.0, 'how long SIGTERM waits for running replies', low=0, high=600)
     idle_seconds: float = setting(60.0, 'silence after which a reply counts as interrupted', low=0.05, high=3600)
@@ -114,6 +134,21 @@ class Settings:
                                    high=1)
     max_message_chars: int = setting(200_000, 'the longest question', low=1, high=10_000_000)
     max_reply_chars: int = setting(2_000_000, 'where an endless reply is cut', low=1, high=50_000_000)
+    max_title_chars: int = setting(60, 'the longest title', low=2, high=400)
+    max_field_chars: int = setting(1_024, 'the longest field of a form that is not a message', low=50, high=10_000)
+    max_body_bytes: int = setting(4_000_000, 'the longest body of a request', low=1_000, high=200_000_000)
+    max_header_bytes: int = setting(32_768, 'the longest head of a request', low=4_096, high=1_000_000)
+    max_frame_chars: int = setting(4_096, 'the longest message a page sends over a socket', low=64, high=1_000_000)
+    header_seconds: float = setting(10.0, 'how long the head of a request may take', low=0.1, high=600)
+    body_seconds: float = setting(60.0, 'how long the body of a request may take', low=0.1, high=3600)
+    messages_per_hour: int = setting(3_600, 'questions and retries of one person', low=1, high=1_000_000)
+    conversations_per_hour: int = setting(1_800, 'new conversations of one person', low=1, high=1_000_000)
+    replies_per_person: int = setting(200, 'replies of one person being written at once', low=1, high=10_000)
+    replies_overall: int = setting(400, 'replies being written at once', low=1, high=10_000)
+    sockets_per_person: int = setting(500, 'open sockets of one person', low=1, high=100_000)
+    logins_per_address: int = setting(10, 'wrong passwords from one address in 15 minutes', low=1, high=100_000)
+    logins_overall: int = setting(30, 'wrong passwords from anywhere in a minute', low=1, high=100_000)
+    min_free_bytes: int = setting(50_000_000, 'what questions leave free on the disk', low=0, high=10**15)
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> 'Settings':
@@ -128,7 +163,7 @@ class Settings:
     def _value(name, f, raw):
         low, high = f.metadata['low'], f.metadata['high']
         if f.type is str:
-            if raw.isascii() and raw.isprintable(): return raw
+            if raw.isprintable() and (raw.isascii() or name == 'APP_PASSWORD'): return raw
             raise SystemExit(f'{name} has a character that can not stand there')
         try: value = f.type(raw)
         except ValueError: value = float('nan')
@@ -142,10 +177,29 @@ class Settings:
             raise SystemExit('ANTHROPIC_BASE_URL must begin with http:// or https://')
         if self.log_level.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
             raise SystemExit('LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR')
+        try: [ip_network(part.strip()) for part in self.trusted_proxies.split(',') if part]
+        except ValueError: raise SystemExit('TRUSTED_PROXIES must be addresses or networks, with commas') from None
+        return self._locked()
+
+    def _locked(self):
+        "Nobody comes in by accident: where others could knock there is a password, and it can't be guessed."
+        if self.app_password and self.app_password_hash:
+            raise SystemExit('APP_PASSWORD and APP_PASSWORD_HASH are both set: unset one of them')
+        if self.app_password and len(self.app_password) < 12:
+            raise SystemExit('APP_PASSWORD must have at least 12 characters')
+        if self.app_password_hash and not HASH.fullmatch(self.app_password_hash):
+            raise SystemExit('APP_PASSWORD_HASH must be what `python main.py hash` prints')
+        if not self.locked and (self.fly_app_name or not self.at_home):
+            raise SystemExit('others could reach Parley: set APP_PASSWORD to at least 12 characters'
+                             + ('' if self.fly_app_name else ', or HOST to 127.0.0.1'))
         return self
 
     @property
     def database(self) -> Path: return Path(self.database_url.removeprefix('sqlite:///'))
+    @property
+    def locked(self) -> bool: return bool(self.app_password or self.app_password_hash)
+    @property
+    def at_home(self) -> bool: return self.host.strip('[]') in ('localhost', '127.0.0.1', '::1')
     @property
     def demo(self) -> bool: return not (self.api_key or self.auth_token or self.base_url)
 
@@ -199,6 +253,16 @@ class Piece:
     message: int
     seq: int
     text: str
+
+
+@dataclass
+class Session:
+    "Who came in with the password. `id` is an HMAC of what the cookie says, so that reading the file lets nobody in."
+    id: str
+    owner: str
+    password: str  # HMAC of the password it began with: another password ends it
+    created: float
+    seen: float
 
 
 OWNER = 'owner'  # one person for now; every row carries it, so that there can be more
@@ -279,6 +343,7 @@ def schema_1(db):
     db.create(Conversation, pk='id')
     db.create(Message, pk='id', foreign_keys=[('conversation', 'conversation', 'id')])
     db.create(Piece, pk=('message', 'seq'), foreign_keys=[('message', 'message', 'id')])
+    db.create(Session, pk='id')
     db.execute('create index conversation_by_time on conversation (owner, updated desc)')
     db.execute('create index message_by_parent on message (parent)')
     db.execute('create unique index message_by_key on message (conversation, key)')
@@ -293,8 +358,8 @@ class Store:
     """Every SQL statement, as verbs. Opening it makes or migrates the database, ends what a crash left running and
     takes the lock of the one process that may write. Raises `Unusable` when that can't be."""
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, limits: Settings | None = None):
+        self.file, self.limits = file, limits or Settings()
         self.threads = {name: ThreadPoolExecutor(1, name) for name in ('reads', 'writes')}
         self.db: dict[str, Database] = {}
         with in_words(): self._open()
@@ -397,6 +462,8 @@ class Store:
         if sent := self._sent(db, owner, conversation, key):
             if sent[0].content != text: raise Refused(409, 'This was sent already with another text.', text)
             return *sent, False
+        if shutil.disk_usage(self.file.parent).free < self.limits.min_free_bytes:  # else not even deleting would work
+            raise Unusable('the disk is nearly full')
         leaf = None
         if conversation is None: conversation = self._begin(db, owner, text)
         else: leaf = self._free_leaf(db, owner, conversation, text)
@@ -421,6 +488,18 @@ class Store:
                                 [value for piece in pieces for value in (piece.message, piece.seq, piece.text)])
             for end in ends: self._end(db, *end)
 
+    @reads
+    def sessions(self, db) -> list[Session]: return [Session(**row) for row in db.q('select * from session')]
+
+    @writes
+    def keep_session(self, db, session: Session):
+        db.execute('delete from session where id = ?', [session.id])
+        self._insert(db, 'session', **vars(session))
+
+    @writes
+    def end_sessions(self, db, ids: list[str]):
+        for id in ids: db.execute('delete from session where id = ?', [id])
+
     def _conversation(self, db, owner, conversation):
         rows = db.q('select * from conversation where id = ? and owner = ?', [conversation, owner])
         if not rows: raise Refused(404, 'There is no such conversation here.')
@@ -441,8 +520,8 @@ class Store:
 
     def _begin(self, db, owner, text):
         now, id = time.time(), secrets.token_urlsafe(12)
-        title = ' '.join(text[:400].split())
-        title = title if len(title) <= 60 else title[:59].rsplit(' ', 1)[0] + '…'
+        title, most = ' '.join(text[:400].split()), self.limits.max_title_chars
+        title = title if len(title) <= most else title[:most - 1].rsplit(' ', 1)[0] + '…'
         self._insert(db, 'conversation', id=id, owner=owner, title=title, created=now, updated=now)
         return id
 
@@ -560,12 +639,13 @@ def whole(text: str, held: str) -> tuple[str, str]:
 class Claude:
     "One SDK client. `http` is the seam for tests and for the demo model: an `httpx2.AsyncClient`."
     def __init__(self, settings: Settings, http: httpx2.AsyncClient | None = None):
+        import anthropic  # here, for it takes longer than all others together: a bad setting is refused at once
         self.settings = settings
         if settings.demo and http is None: http = httpx2.AsyncClient(transport=Demo())
         self.sdk = anthropic.AsyncAnthropic(
             api_key=settings.api_key or (None if settings.auth_token else 'none'),
             auth_token=settings.auth_token or None, base_url=settings.base_url or None, max_retries=0,
-            timeout=httpx2.Timeout(settings.idle_seconds, connect=10),
+            default_headers={'accept-encoding': 'identity'}, timeout=httpx2.Timeout(settings.idle_seconds, connect=10),
             http_client=http or anthropic.DefaultAsyncHttpxClient(follow_redirects=False))
 
     @property
@@ -637,12 +717,14 @@ class Claude:
                 response = await stack.enter_async_context(self.sdk.messages.with_streaming_response.create(
                     model=limits.model, max_tokens=limits.max_tokens, messages=turns, stream=True))
             if not response.headers.get('content-type', '').startswith('text/event-stream'): raise Fault(FOREIGN)
-            lines, chunks, heard = EventLines(), response.iter_bytes(), clock()
+            if 'content-encoding' in response.headers: raise Fault(FOREIGN)  # not asked for; it could be a bomb
+            lines, chunks, heard, room = EventLines(), response.iter_bytes(), clock(), 32 * limits.max_reply_chars
             pace = functools.partial(self._pace, response, stack)
             while True:
                 patience = min(limits.idle_seconds, heard + limits.stall_seconds - clock())
                 async with asyncio.timeout(patience): chunk = await anext(chunks, None)
                 if chunk is None: return
+                if (room := room - len(chunk)) < 0: raise Fault('Claude sent more than can be read.')
                 if events := lines.feed(chunk):
                     if not all(isinstance(event, dict) and event.get('type') == 'ping' for event in events):
                         heard = clock()
@@ -684,6 +766,7 @@ def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
 
 def explain(error: Exception, said: bool, settings: Settings) -> Fault:
     "Any exception of a call to Claude as a `Fault` in our words; nothing of its text is shown but the API's message."
+    import anthropic
     log.warning('upstream fault: %s %s', type(error).__name__, getattr(error, 'status_code', ''))
     match error:
         case Fault(): return error
@@ -780,6 +863,24 @@ if NOTEBOOK:
 
 
 # %%
+class Pace:
+    "At most so many in so many seconds for each key, in a window that slides by a clock that never jumps."
+    def __init__(self, most, seconds): self.most, self.seconds, self.taken = most, seconds, {}
+
+    def wait(self, key) -> int:
+        "Whole seconds until there is room for one more, 0 when there is."
+        now, taken = time.monotonic(), self.taken.get(key, ())
+        while taken and taken[0] <= now - self.seconds: taken.popleft()
+        return 0 if len(taken) < self.most else int(taken[0] + self.seconds - now) + 1
+
+    def take(self, key):
+        for old in [old for old in self.taken if not self.wait(old) and not self.taken[old]]: del self.taken[old]
+        self.taken.setdefault(key, deque()).append(time.monotonic())
+
+    def give_back(self, key):
+        if self.taken.get(key): self.taken[key].pop()
+
+
 class Turn:
     "All live state of one reply. `pieces` are committed and may be shown; (`reply.id`, `len(pieces)`) is the cursor."
     def __init__(self, reply: Message):
@@ -818,34 +919,49 @@ class Turns:
         self.running: dict[str, Turn] = {}
         self.grew, self.began, self.closing = asyncio.Event(), asyncio.Event(), False
         self.keeper: asyncio.Task | None = None
+        self.asking: list[str] = []  # the owners of replies that are about to begin
+        self.messages = Pace(settings.messages_per_hour, 3600)
+        self.conversations = Pace(settings.conversations_per_hour, 3600)
 
     async def ask(self, owner, conversation, text, key=None) -> tuple[Message, Message]:
-        "Save a question and start the reply. Raises `Refused` 422 blank, 413 too long, 503 stopping, and Store.ask's."
+        """Save a question and start the reply.
+        Raises `Refused` 422 blank, 413 too long, 429 too many, 503 stopping, and Store.ask's."""
         limit = self.settings.max_message_chars
         if not text.strip(): raise Refused(422, 'Write something first.', text)
         if len(text) > limit: raise Refused(413, f'This has {len(text):,} characters; {limit:,} are allowed.', text)
-        self._open_for(text)
-        question, reply, new = await asyncio.shield(self._asked(owner, conversation, text, key))
-        return question, reply
+        return await asyncio.shield(self._asked(owner, conversation, text, key))
 
-    async def _asked(self, *send):
+    async def _asked(self, owner, conversation, text, key):
         "Shielded, so that a client that hangs up between the commit and the start leaves no reply without its task."
-        question, reply, new = await self.store.ask(*send, self.claude.model)
-        if new: self._start(reply)
-        return question, reply, new
+        with self._open_for(owner, text, conversation is None):
+            question, reply, new = await self.store.ask(owner, conversation, text, key, self.claude.model)
+            if new: self._start(reply)
+            return question, reply
 
     async def retry(self, owner, conversation) -> tuple[Message, Message]:
         "A new reply to the last question. Raises `Refused` as `ask` does."
-        self._open_for('')
-
         async def retried():
-            question, reply = await self.store.retry(owner, conversation, self.claude.model)
-            self._start(reply)
-            return question, reply
+            with self._open_for(owner):
+                question, reply = await self.store.retry(owner, conversation, self.claude.model)
+                self._start(reply)
+                return question, reply
         return await asyncio.shield(retried())
 
-    def _open_for(self, text):
+    @contextlib.contextmanager
+    def _open_for(self, owner, text='', begins=False):
+        "Hold a place among the running replies until one begins there. Raises `Refused` 503 and 429."
         if self.closing: raise Refused(503, 'Parley is being restarted. Send again in a moment.', text, 5)
+        running = [turn.reply.owner for turn in self.running.values()] + self.asking
+        if running.count(owner) >= self.settings.replies_per_person or len(running) >= self.settings.replies_overall:
+            raise Refused(429, 'Too many replies are being written. Send again when one has ended.', text, 10)
+        paces = [(self.messages, 'messages')] + [(self.conversations, 'conversations')] * begins
+        for pace, what in paces:
+            if wait := pace.wait(owner):
+                raise Refused(429, f'{pace.most:,} {what} an hour are allowed. Send again in {wait:,} s.', text, wait)
+        for pace, _ in paces: pace.take(owner)
+        self.asking.append(owner)
+        try: yield
+        finally: self.asking.remove(owner)
 
     def find(self, message: Message) -> Turn | None:
         "The turn that is writing `message`."
@@ -1638,8 +1754,9 @@ class Shelf:
 def Key(**attrs): return Input(type='hidden', id='key', name='key', value=secrets.token_urlsafe(12), **attrs)
 
 
-def Composer(typed='', notice=''):
-    "Where one writes. It posts to the page's own address, so a first question and a later one are the same form."
+def Composer(typed='', notice='', to=''):
+    """Where one writes. It posts to the page's own address, so a first question and a later one are the same form;
+    `to` is for a page that stands at another one."""
     return Form(
         Label('Message', _for='message', cls='unseen'), Key(),
         Div(Textarea('\n' + typed, id='message', name='message', rows=1, placeholder='Ask Claude', autocomplete='off'),
@@ -1649,7 +1766,8 @@ def Composer(typed='', notice=''):
         Button(Icon('end'), 'Jump to the end', type='button', id='jump', hidden=True, data_action='Jump to the end'),
         P(notice, id='notice', role='alert'),
         Div(P(id='link'), P(Kbd('Enter'), ' sends, ', Kbd('Shift Enter'), ' breaks the line', cls='hint'), cls='under'),
-        id='composer', method='post', hx_post='', hx_target='#messages', hx_swap='beforeend', hx_disabled_elt='.send')
+        id='composer', method='post', action=to or None, hx_post=to, hx_target='#messages', hx_swap='beforeend',
+        hx_disabled_elt='.send')
 
 
 EXAMPLES = ['What is recursion? Show me with a short Python function.', 'Compare tea and coffee in a small table.',
@@ -1693,7 +1811,8 @@ def Sidebar(conversations, look, current=None):
                P('Nothing here yet. What you ask is listed here, newest first.', cls='none'),
                LookForm(look, Div(*themes, role='group', aria_label='Theme', cls='themes')),
                Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys',
-                      data_action='Show the keys'), id='sidebar', popover=True, aria_label='Conversations')
+                      data_action='Show the keys'), SignOut() if look['locked'] else None,
+               id='sidebar', popover=True, aria_label='Conversations')
 
 
 def Heading(title, current=None, **attrs):
@@ -1729,7 +1848,8 @@ def Dialogs():
                    id='keys', closedby='any', aria_labelledby='keys-title'))
 
 
-def Page(title, conversations, *content, look, current=None, running=False, demo=False, typed='', notice=''):
+def Page(title, conversations, *content, look, current=None, running=False, demo=False, typed='', notice='',
+         to=''):
     "A whole page. Without JavaScript it loads itself again while a reply runs. `look`: see `look_of`."
     config = {'includeIndicatorStyles': False, 'allowEval': False, 'allowScriptTags': False, 'historyCacheSize': 0,
               'refreshOnHistoryMiss': True, 'selfRequestsOnly': True, 'responseHandling': [
@@ -1748,9 +1868,31 @@ def Page(title, conversations, *content, look, current=None, running=False, demo
         Noscript(Meta(http_equiv='refresh', content='2')) if running else None)
     return Html(head, Body(
         A('To the message box', href='#message', cls='skip unseen'), Bar(title, look, current, demo),
-        Sidebar(conversations, look, current), Main(Div(*content, id='messages'), Composer(typed, notice)),
+        Sidebar(conversations, look, current), Main(Div(*content, id='messages'), Composer(typed, notice, to)),
         *Dialogs(), P(id='said', role='status', cls='unseen')),
         lang='en', data_theme=look['theme'], data_sidebar=look['sidebar'])
+
+
+def SignOut():
+    return Form(Button('Sign out', cls='quiet', data_action='Sign out'),
+                Button('everywhere', name='everywhere', value='1', cls='quiet', data_action='Sign out everywhere'),
+                method='post', action=leave.to(), cls='leave')
+
+
+def Login(place, notice='', typed=''):
+    "The page before all others. It carries where one was going and what one had typed."
+    return Html(
+        Head(Meta(charset='utf-8'), Title('Sign in to Parley'), Link(rel='stylesheet', href=asset('parley.css')),
+             Meta(name='viewport', content='width=device-width, initial-scale=1'),
+             Meta(name='color-scheme', content='light dark'), Link(rel='icon', href=asset('icon.svg'))),
+        Body(Form(H1('Parley'), Input(name='username', value='Parley', autocomplete='username', hidden=True),
+                  Label('Password', _for='password'),
+                  Input(type='password', id='password', name='password', autocomplete='current-password',
+                        required=True, autofocus=True, maxlength=1024),
+                  Button('Sign in'), P(notice, role='alert'), Input(type='hidden', name='next', value=place),
+                  Textarea('\n' + typed, name='message', hidden=True) if typed else None,
+                  P('What you typed is kept.') if typed else None,
+                  id='login', method='post', action=enter.to())), lang='en')
 
 
 # %% [markdown]
@@ -1970,6 +2112,14 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
     align-content: center; }
   #message { padding-block: .625rem; } .find kbd { display: none; }
 }
+/* Signing in */
+body:has(> #login) { display: grid; grid-template: 1fr / 1fr; place-items: center; padding: 1rem; }
+#login { display: grid; gap: .75rem; width: min(20rem, 100%); }
+#login input { padding: .5rem .75rem; border: 1px solid var(--edge); border-radius: var(--round); font-size: 1rem;
+  background: var(--card); }
+#login button { background: var(--accent); color: var(--on-accent); min-height: 2.75rem; }
+#login p { margin: 0; color: var(--soft); } .leave { display: flex; }
+
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after { animation: none !important; transition: none !important; }
 }
@@ -2002,6 +2152,7 @@ on('htmx:wsError', () => say('connection lost'));
 on('htmx:wsBeforeMessage', e => { e.target.failures = 0; e.target.heard = performance.now(); });
 on('htmx:wsClose', e => {
   const bubble = e.target, code = e.detail.event.code;
+  if (code === 4401) return location.reload(); // signed out
   if (code === 1000 || code === 4404) return finish(bubble);
   bubble.failures = (bubble.failures || 0) + 1;
   if (code === 1012) bubble.restart = true;
@@ -2310,61 +2461,233 @@ def asset(name): return assets()[name][0]
 # %% [markdown]
 # ## 8 Door
 #
-# One plain ASGI guard outside everything, for pages and sockets alike: who asks, from where, and how much.
+# One plain ASGI guard outside everything, the same for pages and sockets: by which name, from which page, signed in or
+# not, and how much. Whatever is not on the short list of open paths is closed. Sessions are kept here in memory and
+# written through to the Store, so that ending one ends it at once, its sockets included.
 
 # %%
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
           "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; manifest-src 'self'")
+UNUSED = ('camera', 'display-capture', 'geolocation', 'microphone', 'midi', 'payment', 'usb')
 HEADERS = {b'content-security-policy': POLICY.encode(), b'x-content-type-options': b'nosniff',
-           b'referrer-policy': b'no-referrer', b'x-frame-options': b'DENY',
-           b'cross-origin-opener-policy': b'same-origin', b'cross-origin-resource-policy': b'same-origin'}
-LOOPBACK = ('localhost', '127.0.0.1', '[::1]')
+           b'referrer-policy': b'no-referrer', b'x-frame-options': b'DENY', b'cache-control': b'no-store',
+           b'cross-origin-opener-policy': b'same-origin', b'cross-origin-resource-policy': b'same-origin',
+           b'permissions-policy': ', '.join(f'{name}=()' for name in UNUSED).encode()}
+# Over plain http from another machine browsers say where a form came from in Origin alone, and say `null` there when
+# the policy is no-referrer; same-origin tells other sites no more.
+OVER_HTTP, AT_HOME = {b'referrer-policy': b'same-origin'}, r'(localhost|127\.0\.0\.1|\[::1\])(:\d+)?$'
+OPEN = re.compile('/login|/healthz|/assets/[^/]+')  # what needs no session; the manifest is one of the assets
+FORMS = ('application/x-www-form-urlencoded', 'multipart/form-data')
+REQUEST = contextvars.ContextVar('the id of the request that is being answered', default=None)
+DAY, SMALL, LOUDEST = 86_400, 65_536, 1_024  # seconds; bytes that a stranger may send freely; bytes of a password
+
+
+def scrypt(password: bytes, salt: bytes, log_n=15, r=8, p=3) -> str:
+    "A password as it may be kept: each guess costs 32 MB and 0.4 s (OWASP's Password Storage Cheat Sheet)."
+    digest = hashlib.scrypt(password, salt=salt, n=2**log_n, r=r, p=p, maxmem=2**27, dklen=32)
+    return f'scrypt:{log_n}:{r}:{p}:{salt.hex()}:{digest.hex()}'
+
+
+def fits(password: bytes, kept: str) -> bool:
+    log_n, r, p, salt, _ = HASH.fullmatch(kept).groups()
+    return hmac.compare_digest(scrypt(password, bytes.fromhex(salt), int(log_n), int(r), int(p)), kept)
+
+
+def typed_bytes(password: str) -> bytes:
+    "The bytes of a password, the same for every way a keyboard makes an accent."
+    return unicodedata.normalize('NFC', password.strip()).encode('utf-8', 'replace')
+
+
+def own_path(path: str) -> str:
+    "A path of this app to go on to; anything that could lead elsewhere becomes `/`."
+    return path if re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', path) else '/'
 
 
 class Door:
-    "Checks Host and Origin before anything else runs, bounds the body, and puts the headers on every answer."
-    def __init__(self, app, settings: Settings):
-        self.settings, self.state = settings, app.state
-        self.app = RequestBodyLimitMiddleware(app, settings.max_message_chars * 12 + 65_536)
+    "Decides who may come in, bounds what they bring, and puts the headers on every answer."
+    def __init__(self, app, settings: Settings, store: Store):
+        self.settings, self.store, self.state, self.clock = settings, store, app.state, time.time
+        self.app, self.entry = RequestBodyLimitMiddleware(app, settings.max_body_bytes), self.guard
+        if settings.trusted_proxies: self.entry = ProxyHeadersMiddleware(self.guard, settings.trusted_proxies)
+        self.names = {'localhost', '127.0.0.1', '[::1]', *settings.allowed_hosts.lower().replace(',', ' ').split()}
+        if settings.fly_app_name: self.names.add(f'{settings.fly_app_name}.fly.dev')
+        self.secret = (settings.session_secret or store.secret()).encode()
+        self.password = self.sign('password', settings.app_password or settings.app_password_hash)
+        self.sessions: dict[str, Session] = {}
+        self.sockets: dict[asyncio.Timeout, tuple[str, str | None]] = {}  # of which owner, of which session
+        self.by_address, self.overall = Pace(settings.logins_per_address, 900), Pace(settings.logins_overall, 60)
+        self.one, self.few = asyncio.Semaphore(1), asyncio.Semaphore(2)
+
+    def sign(self, what, text) -> str: return hmac.digest(self.secret, f'{what}:{text}'.encode(), 'sha256').hex()
+
+    async def open(self):
+        "Who is signed in already. With another password, or another secret, nobody is."
+        for session in await self.store.sessions(): self.sessions[session.id] = session
+        await self.end([each for each in self.sessions.values() if each.password != self.password])
 
     async def __call__(self, scope, receive, send):
-        if scope['type'] == 'lifespan': return await self.app(scope, receive, send)
-        if scope['type'] == 'websocket':
-            return await (self.app if self.same(scope) else self.shut)(scope, receive, send)
+        await (self.app if scope['type'] == 'lifespan' else self.entry)(scope, receive, send)
 
-        async def send_with_headers(message):
+    async def guard(self, scope, receive, send):
+        began, status, id, path = time.monotonic(), 0, secrets.token_hex(8), scope['path'][:200]
+        REQUEST.set(id)
+
+        async def answer(message):
+            nonlocal status
             if message['type'] == 'http.response.start':
-                there = {name for name, _ in message['headers']}
-                message['headers'] = [*message['headers'], *[h for h in HEADERS.items() if h[0] not in there]]
-                if b'cache-control' not in there: message['headers'].append((b'cache-control', b'no-store'))
+                there, mine = {name for name, _ in message['headers']}, HEADERS | {b'x-request-id': id.encode()}
+                if self.secure(scope): mine[b'strict-transport-security'] = b'max-age=31536000'
+                elif not re.match(AT_HOME, Headers(scope=scope).get('host', '')): mine |= OVER_HTTP
+                message['headers'] = [*message['headers'], *[pair for pair in mine.items() if pair[0] not in there]]
+            status = message.get('status') or message.get('code') or status
             await send(message)
 
-        if words := self.objection(scope):
-            return await PlainTextResponse(words, 403)(scope, receive, send_with_headers)
-        await self.app(scope, receive, send_with_headers)
+        try:
+            refusal = self.objection(scope)
+            if refusal and scope['type'] == 'websocket': await answer({'type': 'websocket.close'})  # becomes a 403
+            else: await (refusal or self.admit)(scope, receive, answer)
+        finally:
+            log.info('request', extra={'fields': dict(method=scope.get('method', 'SOCKET'), path=path, status=status,
+                                                      ms=round(1000 * (time.monotonic() - began)))})
 
-    def objection(self, scope) -> str:
-        headers = dict(scope['headers'])
-        if not self.known(headers.get(b'host', b'').decode('latin-1')): return 'This is not the name of this server.'
-        if scope['method'] not in ('GET', 'HEAD') and not self.same(scope): return 'This came from another site.'
-        return ''
+    def objection(self, scope):
+        "The one lock: the ASGI app that answers instead of ours, or None. Sets `owner` in the scope."
+        headers, path, socket = Headers(scope=scope), scope['path'], scope['type'] == 'websocket'
+        if path != '/healthz' and not self.known(headers.getlist('host'), scope):
+            return PlainTextResponse('This is not a name of this server: ALLOWED_HOSTS says which are.', 400)
+        reads = not socket and scope['method'] in ('GET', 'HEAD')
+        if not reads and not self.same(headers, scope): return PlainTextResponse('This came from another site.', 403)
+        length = headers.get('content-length', '0')
+        most = 0 if reads or socket else self.settings.max_body_bytes
+        if not length.isdecimal() or int(length[:20]) > most or reads and 'transfer-encoding' in headers:
+            return PlainTextResponse(f'More than {most:,} bytes are too much here.', 413)
+        if length != '0' and not headers.get('content-type', FORMS[0]).startswith(FORMS):  # FastHTML would parse JSON
+            return PlainTextResponse('This is no form that can be read.', 415)
+        session = self.session(scope)
+        scope['owner'] = session.owner if session else None if self.settings.locked else OWNER
+        scope['session_id'] = session and session.id
+        if scope['owner']:
+            crowd = socket and sum(owner == scope['owner'] for owner, _ in self.sockets.values())
+            if crowd < self.settings.sockets_per_person: return None  # else the page polls
+        return PlainTextResponse('Sign in first.', 403) if socket else self.for_strangers(scope, headers, path, reads)
 
-    def known(self, host):
-        "Without a name of its own, a server on the loopback answers to the loopback's names only (DNS rebinding)."
-        return self.settings.host not in (*LOOPBACK, '::1') or re.sub(r':\d+$', '', host) in LOOPBACK
+    def for_strangers(self, scope, headers, path, reads):
+        "Open paths, else the way to the login page: with where one was going, and with what one had typed."
+        posts = not reads and scope['method'] == 'POST'
+        if OPEN.fullmatch(path): return self.hear_out if posts else None
+        place = urlsplit(headers['hx-current-url']).path if 'hx-current-url' in headers else path
+        if reads and 'hx-request' not in headers and scope['query_string']:
+            place += '?' + scope['query_string'].decode('latin-1')
+        if not reads: place = re.match('/(c/[^/]+)?', place)[0]
+        way = '/login?' + urlencode({'next': own_path(place)})
+        if 'hx-request' in headers: return PlainTextResponse('Sign in first.', 401, {'hx-redirect': way})
+        if posts: return functools.partial(self.hear_out, path=way)
+        if reads and headers.get('sec-fetch-mode', 'navigate') == 'navigate': return RedirectResponse(way, 303)
+        return PlainTextResponse('Sign in first.', 401)
 
-    def same(self, scope) -> bool:
+    async def hear_out(self, scope, receive, send, path=None):
+        "A stranger's form, as one for the login page. Long ones only a few at a time, for they take memory."
+        if path: scope |= dict(path='/login', raw_path=b'/login', query_string=path.partition('?')[2].encode())
+        long = int(Headers(scope=scope).get('content-length', SMALL + 1)) > SMALL
+        if long and self.few.locked():
+            return await PlainTextResponse('Sign in first.', 429, {'retry-after': '10'})(scope, receive, send)
+        async with self.few if long else contextlib.nullcontext(): await self.admit(scope, receive, send)
+
+    async def admit(self, scope, receive, send):
+        "Run the app: a body must come in time, and a socket lives no longer than its session."
+        if scope['type'] == 'http':
+            until = time.monotonic() + self.settings.body_seconds
+
+            async def in_time():
+                try:
+                    async with asyncio.timeout(until - time.monotonic()): return await receive()
+                except TimeoutError: raise Refused(408, 'This took too long to arrive. Send it again.') from None
+            return await self.app(scope, in_time, send)
+        session = self.sessions.get(scope['session_id'])
+        try:
+            async with asyncio.timeout(session and self.left(session)) as until:
+                self.sockets[until] = scope['owner'], scope['session_id']
+                await self.app(scope, receive, send)
+        except TimeoutError:
+            if not until.expired(): raise
+            await send({'type': 'websocket.close', 'code': 4401})
+        finally: self.sockets.pop(until, None)
+
+    def secure(self, scope) -> bool: return scope['scheme'] in ('https', 'wss') or bool(self.settings.fly_app_name)
+    def cookie(self, scope): return f'{"__Host-" if self.secure(scope) else ""}parley-{self.settings.port}'
+
+    def known(self, hosts, scope) -> bool:
+        "A name we go by, against DNS rebinding; where we listen to others, also the address that was reached."
+        name = re.sub(r':\d+$', '', hosts[0].lower()) if len(hosts) == 1 else ''
+        return name in self.names or not self.settings.at_home and name.strip('[]') == (scope['server'] or '?')[0]
+
+    def same(self, headers, scope) -> bool:
         "Whether a page of our own sent this: browsers say so in Sec-Fetch-Site or in Origin, sockets in Origin."
-        headers = dict(scope['headers'])
-        host, origin = headers.get(b'host', b''), headers.get(b'origin')
-        if not self.known(host.decode('latin-1')): return False
-        if scope['type'] == 'http' and b'sec-fetch-site' in headers: return headers[b'sec-fetch-site'] == b'same-origin'
-        return origin is not None and urlsplit(origin.decode('latin-1')).netloc.encode('latin-1') == host
+        if scope['type'] == 'http' and 'sec-fetch-site' in headers: return headers['sec-fetch-site'] == 'same-origin'
+        schemes = ('https',) if self.secure(scope) else ('http', 'https')  # a proxy may speak https for us
+        return headers.getlist('origin') in [[f'{scheme}://{headers.get("host")}'] for scheme in schemes]
 
-    @staticmethod
-    async def shut(scope, receive, send):
-        await receive()
-        await send({'type': 'websocket.close', 'code': 4403})
+    def session(self, scope) -> Session | None:
+        "The session that a cookie names. That it was seen is written now and then, in the background."
+        token = HTTPConnection(scope).cookies.get(self.cookie(scope), '')
+        session = self.sessions.get(self.sign('session', token))
+        if not session or self.left(session) <= 0: return None
+        if abs(self.clock() - session.seen) > 600:
+            session.seen = self.clock()
+            self.saving = asyncio.create_task(self.save(session))
+        return session
+
+    def left(self, session) -> float:
+        "Seconds until a session ends by itself. A clock that went back ends none."
+        age, unseen = (max(0.0, self.clock() - since) for since in (session.created, session.seen))
+        return min(self.settings.session_days * DAY - age, self.settings.session_idle_days * DAY - unseen)
+
+    async def save(self, session):
+        with contextlib.suppress(Unusable): await self.store.keep_session(session)  # else it ends with the process
+
+    async def enter(self, conn: HTTPConnection, password: str) -> str:
+        "What the cookie of a new session says. Raises `Refused` 401 wrong, 429 too often."
+        fly = conn.headers.get('fly-client-ip') if self.settings.fly_app_name else None
+        tries = [(self.by_address, fly or conn.client.host), (self.overall, '')]
+        if any(pace.wait(key) for pace, key in tries):
+            raise Refused(429, 'There were too many attempts. Wait a little, then try again.', retry_after=60)
+        for pace, key in tries: pace.take(key)  # at once, so that many at the same time count, too
+        if not await self.right(password):
+            log.warning('a wrong password', extra={'fields': {'address': tries[0][1][:64]}})
+            raise Refused(401, 'That is not the password.')
+        for pace, key in tries: pace.give_back(key)
+        token, now = secrets.token_urlsafe(32), self.clock()
+        session = Session(self.sign('session', token), OWNER, self.password, now, now)
+        mine = sorted(self.sessions.values(), key=lambda each: each.created)
+        with contextlib.suppress(Unusable):
+            await self.end([each for each in mine if self.left(each) <= 0 or each.id == conn.scope['session_id']]
+                           + mine[:-100])
+        self.sessions[session.id] = session
+        await self.save(session)
+        return token
+
+    async def right(self, password: str) -> bool:
+        "Whether this is the password. Work that costs is done in a thread, one at a time."
+        given = typed_bytes(password[:LOUDEST + 1])
+        if len(given) > LOUDEST: return False
+        if self.settings.app_password:
+            known = typed_bytes(self.settings.app_password)
+            return hmac.compare_digest(self.sign('given', given), self.sign('given', known))
+        if not self.settings.app_password_hash: return False
+        async with self.one: return await asyncio.to_thread(fits, given, self.settings.app_password_hash)
+
+    async def leave(self, scope, everywhere: bool):
+        "Sign out here, or this person everywhere."
+        await self.end([each for each in self.sessions.values() if each.id == scope['session_id']
+                        or everywhere and each.owner == scope['owner']])
+
+    async def end(self, sessions: list[Session]):
+        "End sessions and their sockets, at once; then on the disk. Raises `Unusable`."
+        ids = [session.id for session in sessions]
+        for id in ids: self.sessions.pop(id, None)
+        for until, (_, id) in list(self.sockets.items()):
+            if id in ids: until.reschedule(0)
+        if ids: await self.store.end_sessions(ids)
 
 
 # %% [markdown]
@@ -2384,19 +2707,27 @@ class Parley:
     claude: Claude
     turns: Turns
     shelf: Shelf
+    door: Door
+    check: asyncio.Task | None = None  # the write of /healthz that is under way
 
 
 def parley(conn) -> Parley: return conn.app.state.parley
+def owner(conn) -> str: return conn.scope['owner']
 def by_htmx(req): return 'hx-request' in req.headers and 'hx-history-restore-request' not in req.headers
 
 
 async def form_of(req: Request) -> dict[str, str]:
     """The fields of a posted form, read from the body itself: FastHTML's injected parameters can be overridden by a
-    cookie or a header of the same name. Raises `Refused` 422 for what is not text."""
+    cookie or a header of the same name. Raises `Refused` 422 what is no text, 413 a long field."""
     if 'multipart' in req.headers.get('content-type', ''):
-        return {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
-    try: return dict(parse_qsl((await req.body()).decode(), keep_blank_values=True, errors='strict', max_num_fields=20))
-    except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
+        form = {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
+    else:
+        body = await req.body()
+        try: form = dict(parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=20))
+        except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
+    most = parley(req).settings.max_field_chars
+    if all(len(value) <= most for name, value in form.items() if name != 'message'): return form
+    raise Refused(413, 'A field of this form is too long.', form.get('message', ''))
 
 
 async def bubble(req, message, make=Reply):
@@ -2405,7 +2736,7 @@ async def bubble(req, message, make=Reply):
         await (live := LiveReply.of(turn)).catch_up()
         return make(message, live.html())
     if message.status == RUNNING:  # it has ended since it was read
-        message = await parley(req).store.message(OWNER, message.conversation, message.idx)
+        message = await parley(req).store.message(owner(req), message.conversation, message.idx)
     return make(message, await parley(req).shelf.content(message))
 
 
@@ -2416,14 +2747,14 @@ LOOKS = {'theme': ('auto', 'light', 'dark'), 'sidebar': ('open', 'closed')}  # t
 
 
 def look_of(req):
-    "How this browser wants its pages, from its cookies, and `here`, the page to come back to after a change."
+    "How this browser wants its pages, from its cookies; `here`, to come back to after a change; `locked`: has a login."
     said = {name: req.cookies.get(name) for name in LOOKS}
     looks = {name: said[name] if said[name] in known else known[0] for name, known in LOOKS.items()}
-    return looks | {'here': req.url.path}
+    return looks | {'here': req.url.path, 'locked': parley(req).settings.locked}
 
 
 async def page(req, title='Parley', *content, status=200, **more):
-    conversations, demo = await parley(req).store.conversations(OWNER), parley(req).settings.demo
+    conversations, demo = await parley(req).store.conversations(owner(req)), parley(req).settings.demo
     return FtResponse(Page(title, conversations, *content, look=look_of(req), demo=demo, **more), status)
 
 
@@ -2441,8 +2772,8 @@ async def home(req): return await page(req, 'Parley', Empty(parley(req).claude.m
 @rt.post('/')
 async def begin(req):
     form = await form_of(req)
-    question, reply = await parley(req).turns.ask(OWNER, None, form.get('message', ''), form.get('key') or None)
-    conversation, _ = await parley(req).store.path(OWNER, reply.conversation, reply.idx)
+    question, reply = await parley(req).turns.ask(owner(req), None, form.get('message', ''), form.get('key') or None)
+    conversation, _ = await parley(req).store.path(owner(req), reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
     return await sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
                 Heading(conversation.title, conversation.id, hx_swap_oob='true'),
@@ -2452,7 +2783,7 @@ async def begin(req):
 
 @rt.get('/c/{conversation_id}.json')
 async def as_json(req, conversation_id: str):
-    conversation, path = await parley(req).store.path(OWNER, conversation_id)
+    conversation, path = await parley(req).store.path(owner(req), conversation_id)
     return JSONResponse({'id': conversation.id, 'title': conversation.title, 'messages': [
         {name: getattr(m, name) for name in ('idx', 'role', 'content', 'status', 'note', 'model', 'created', 'ended')}
         for m in path]})
@@ -2460,7 +2791,7 @@ async def as_json(req, conversation_id: str):
 
 @rt.get('/c/{conversation_id}.md')
 async def as_markdown(req, conversation_id: str):
-    conversation, path = await parley(req).store.path(OWNER, conversation_id)
+    conversation, path = await parley(req).store.path(owner(req), conversation_id)
     parts = [f'# {conversation.title}', *[f'## {"You" if m.role == "user" else "Claude"}\n\n{m.content}' for m in path]]
     return PlainTextResponse('\n\n'.join(parts) + '\n', media_type='text/markdown', headers={
         'content-disposition': f'attachment; filename="parley-{conversation.id}.md"'})
@@ -2474,7 +2805,7 @@ async def show(req, conversation_id: str):
     "The end of a conversation, or with `?before=` a depth what comes before that."
     before = req.query_params.get('before', '')
     before = int(before) if before.isdecimal() and len(before) < 9 else ENDLESS
-    conversation, path = await parley(req).store.path(OWNER, conversation_id, before=before, last=SHOWN)
+    conversation, path = await parley(req).store.path(owner(req), conversation_id, before=before, last=SHOWN)
     if by_htmx(req) and before < ENDLESS: return await transcript(req, path)
     later = A('To the end of the conversation', href=req.url.path, cls='quiet') if before < ENDLESS else None
     return await page(req, conversation.title, *await transcript(req, path), later, current=conversation.id,
@@ -2484,7 +2815,7 @@ async def show(req, conversation_id: str):
 @rt.get('/c/{conversation_id}/{idx}.md')
 async def as_written(req, conversation_id: str, idx: int):
     "One message, to the letter; shown as text, not downloaded, so that without a script it can be copied too."
-    message = await parley(req).store.message(OWNER, conversation_id, idx)
+    message = await parley(req).store.message(owner(req), conversation_id, idx)
     if not message: raise Refused(404, 'There is no such message here.')
     return PlainTextResponse(message.content)
 
@@ -2492,7 +2823,7 @@ async def as_written(req, conversation_id: str, idx: int):
 @rt.get('/c/{conversation_id}/{idx}')
 async def fragment(req, conversation_id: str, idx: int):
     "One message by itself, for a bubble that polls."
-    message = await parley(req).store.message(OWNER, conversation_id, idx)
+    message = await parley(req).store.message(owner(req), conversation_id, idx)
     if not message: raise Refused(404, 'There is no such message here.')
     if not by_htmx(req): return RedirectResponse(f'{show.to(conversation_id=conversation_id)}#msg-{idx}', 303)
     return await bubble(req, message, PollingBubble if message.status == RUNNING else Bubble)
@@ -2501,20 +2832,20 @@ async def fragment(req, conversation_id: str, idx: int):
 @rt.post('/c/{conversation_id}')
 async def ask(req, conversation_id: str):
     form = await form_of(req)
-    turns = parley(req).turns
-    return await sent(req, *await turns.ask(OWNER, conversation_id, form.get('message', ''), form.get('key') or None))
+    text, key = form.get('message', ''), form.get('key') or None
+    return await sent(req, *await parley(req).turns.ask(owner(req), conversation_id, text, key))
 
 
 @rt.post('/c/{conversation_id}/stop')
 async def stop(req, conversation_id: str):
-    await parley(req).turns.stop(OWNER, conversation_id)
+    await parley(req).turns.stop(owner(req), conversation_id)
     place = show.to(conversation_id=conversation_id)
     return Response(status_code=204) if by_htmx(req) else RedirectResponse(place, 303)
 
 
 @rt.post('/c/{conversation_id}/retry')
 async def retry(req, conversation_id: str):
-    question, reply = await parley(req).turns.retry(OWNER, conversation_id)
+    question, reply = await parley(req).turns.retry(owner(req), conversation_id)
     return await bubble(req, reply) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
 
 
@@ -2522,17 +2853,55 @@ async def retry(req, conversation_id: str):
 async def remember(req):
     "Keep the theme or the sidebar's state for a year. The script writes the same cookies by itself."
     form = await form_of(req)
-    back = form.get('back', '/')
-    answer = RedirectResponse(back if re.match(r'/(?![/\\])', back) else '/', 303)
+    answer = RedirectResponse(own_path(form.get('back', '/')), 303)
     for name, known in LOOKS.items():
         if form.get(name) in known: answer.set_cookie(name, form[name], max_age=31_536_000, samesite='lax')
     return answer
 
 
+@rt.get('/login')
+async def login(req):
+    place = own_path(req.query_params.get('next', '/'))
+    return RedirectResponse(place, 303) if owner(req) else HTMLResponse(to_xml(Login(place)))
+
+
+@rt.post('/login')
+async def enter(req):
+    "Sign in, and go on. What was typed before comes back in the composer; nothing is sent by itself."
+    form, door = await form_of(req), parley(req).door
+    place, typed = own_path(form.get('next') or req.query_params.get('next', '/')), form.get('message', '')
+    try:
+        if 'password' not in form: raise Refused(401, 'Sign in first.')
+        token = await door.enter(req, form['password'])
+    except Refused as no:
+        headers = {'retry-after': str(no.retry_after)} if no.retry_after else None
+        return HTMLResponse(to_xml(Login(place, no.words, typed)), no.status, headers)
+    answer = RedirectResponse(place, 303)
+    if typed:
+        answer = HTMLResponse(to_xml(Page(
+            'Parley', await parley(req).store.conversations(OWNER), look=look_of(req) | {'here': place}, to=place,
+            typed=typed, notice='You are signed in. This is not sent yet.')))
+    answer.set_cookie(door.cookie(req.scope), token, max_age=int(door.settings.session_days * DAY), httponly=True,
+                      samesite='lax', secure=door.secure(req.scope))
+    return answer
+
+
+@rt.post('/logout')
+async def leave(req):
+    await parley(req).door.leave(req.scope, 'everywhere' in await form_of(req))
+    answer = RedirectResponse('/login', 303)
+    answer.delete_cookie(parley(req).door.cookie(req.scope), secure=parley(req).door.secure(req.scope), httponly=True)
+    return answer
+
+
 @rt.get('/healthz')
 async def healthz(req):
-    try: await parley(req).store.check()
+    "Whether the database can be written: one write at a time, however many ask, and nobody waits for it for long."
+    here = parley(req)
+    if not here.check or here.check.done(): here.check = asyncio.create_task(here.store.check())
+    try: await asyncio.wait_for(asyncio.shield(here.check), 0.9)
     except Unusable as error: return JSONResponse({'ok': False, 'why': str(error)}, 503)
+    except TimeoutError: return JSONResponse({'ok': False, 'why': 'the database is busy'}, 503)
     return JSONResponse({'ok': True})
 
 
@@ -2555,9 +2924,10 @@ async def refused(req, error):
     if by_htmx(req): return PlainTextResponse(error.words, error.status, headers)
     typed = error.typed
     if req.method == 'POST' and not typed:
-        with contextlib.suppress(Refused, HTTPException): typed = (await form_of(req)).get('message', '')
+        with contextlib.suppress(Refused, HTTPException, RuntimeError):  # the body may have been read by half
+            typed = (await form_of(req)).get('message', '')
     listed = []
-    with contextlib.suppress(Unusable): listed = await parley(req).store.conversations(OWNER)
+    with contextlib.suppress(Unusable): listed = await parley(req).store.conversations(owner(req))
     words = None if typed else Div(H2(error.words), P(A('A new conversation', href='/')), id='empty')
     notice = error.words if typed else ''  # beside the text that is still there, or in the middle of an empty page
     return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice)),
@@ -2569,7 +2939,7 @@ async def refused(req, error):
 #
 # A socket only watches. It sends a snapshot, then what is new, then how it ended, and closes with 1000; while it sends
 # it hears `{"action": "stop"}`. Closing codes of ours, which no client reconnects after: 4400 a message that makes no
-# sense, 4404 an unknown reply, 4500 a fault of ours.
+# sense, 4401 the session has ended, 4404 an unknown reply, 4500 a fault of ours.
 
 
 # %%
@@ -2577,7 +2947,7 @@ async def chat(ws: WebSocket):
     "WS /ws/chat/{conversation_id}/{msg_idx}"
     await ws.accept()
     conversation, idx = ws.path_params['conversation_id'], ws.path_params['msg_idx']
-    message = idx.isdecimal() and len(idx) < 9 and await parley(ws).store.message(OWNER, conversation, int(idx))
+    message = idx.isdecimal() and len(idx) < 9 and await parley(ws).store.message(owner(ws), conversation, int(idx))
     if not message or message.role != 'assistant': return await ws.close(4404)
     watching = asyncio.create_task(watch(ws, message))
     try: await hear(ws, conversation)
@@ -2588,10 +2958,10 @@ async def hear(ws, conversation):
     "Read what the page says until it is gone; reading is also what lets the server see pongs and the end."
     while (frame := await ws.receive())['type'] != 'websocket.disconnect':
         text = frame.get('text') or ''  # a binary frame has none
-        try: said = json.loads(text) if len(text) <= 4096 else None
+        try: said = json.loads(text) if len(text) <= parley(ws).settings.max_frame_chars else None
         except (ValueError, RecursionError): said = None
         if not isinstance(said, dict): return await ws.close(4400)
-        if said.get('action') == 'stop': await parley(ws).turns.stop(OWNER, conversation)
+        if said.get('action') == 'stop': await parley(ws).turns.stop(owner(ws), conversation)
 
 
 async def watch(ws, message):
@@ -2600,7 +2970,7 @@ async def watch(ws, message):
         try:
             if turn := parley(ws).turns.find(message): await follow(ws, LiveReply.of(turn))
             else:
-                message = await parley(ws).store.message(OWNER, message.conversation, message.idx)
+                message = await parley(ws).store.message(owner(ws), message.conversation, message.idx)
                 if message.status == RUNNING: return await ws.close(1012)  # just begun anew: come again
                 html = await parley(ws).shelf.content(message)
                 await ws.send_text(Snapshot(message.idx, html) + StateFrame(message))
@@ -2626,10 +2996,11 @@ async def follow(ws, live):
 def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Door:
     "The app behind its door, with its database open. `http` is handed to the SDK. Raises `Unusable`."
     fh_cfg.indent = False  # white space that FastHTML adds would be seen in pre-wrapped text
-    store, claude = Store(settings.database), Claude(settings, http)
+    store, claude = Store(settings.database, settings), Claude(settings, http)
     turns = Turns(store, claude, settings)
 
     async def lifespan(app):
+        await door.open()
         gc.collect()
         gc.freeze()  # what is here stays: a collection that looked at it again would stall every stream by 100 ms
         yield
@@ -2640,11 +3011,53 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
     app = FastHTML(lifespan=lifespan, default_hdrs=False, canonical=False, sess_cls=None,
                    secret_key=settings.session_secret or store.secret(),
                    middleware=[Middleware(GZipMiddleware, minimum_size=1000)])
-    app.state.parley = Parley(settings, store, claude, turns, Shelf())
+    door = Door(app, settings, store)
+    app.state.parley = Parley(settings, store, claude, turns, Shelf(), door)
     rt.to_app(app)
     app.router.routes.append(WebSocketRoute('/ws/chat/{conversation_id}/{msg_idx}', chat))
     for kind in (Refused, Unusable, HTTPException): app.add_exception_handler(kind, refused)
-    return Door(app, settings)
+    return door
+
+
+class Connection(HttpToolsProtocol):
+    "uvicorn's, but the head of a request must come in time and end: its own waits for ever, for any number of bytes."
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.await_head()
+
+    def await_head(self):
+        self.head, limit = 0, self.config.app.settings.header_seconds
+        self.late = self.loop.call_later(limit, self.transport.close)
+
+    def on_message_begin(self):
+        super().on_message_begin()
+        self.late.cancel()
+        self.await_head()
+
+    def on_headers_complete(self):
+        self.late.cancel()
+        self.head = None
+        size = len(self.url) + sum(len(part) for pair in self.headers for part in pair)
+        if size > self.config.app.settings.max_header_bytes: raise ValueError  # a 400
+        super().on_headers_complete()
+
+    def data_received(self, data):
+        super().data_received(data)
+        if self.head is None: return
+        self.head += len(data)
+        if self.head > self.config.app.settings.max_header_bytes: self.send_400_response('Too long a head.')
+
+    def connection_lost(self, error):
+        self.late.cancel()
+        super().connection_lost(error)
+
+
+def serving(app: Door) -> uvicorn.Config:
+    "How uvicorn serves it: bounded, quiet, without banners. Proxies are the Door's matter."
+    settings = app.settings
+    return uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
+                          proxy_headers=False, http=Connection, ws_max_size=64 * settings.max_frame_chars,
+                          timeout_graceful_shutdown=2)
 
 
 class Server(uvicorn.Server):
@@ -2659,19 +3072,40 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class JsonLines(logging.Formatter):
+    "One JSON object a line. Of an exception only its type and where it rose: its text may quote a secret or a message."
+    def format(self, record):
+        line = {'time': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(record.created)), 'level': record.levelname,
+                'logger': record.name, 'event': record.getMessage(), 'request': REQUEST.get()}
+        if record.exc_info and (error := record.exc_info[1]):
+            frames = traceback.extract_tb(error.__traceback__)
+            line |= {'error': type(error).__name__, 'at': [f'{Path(f.filename).name}:{f.lineno}' for f in frames[-8:]]}
+        return json.dumps(line | getattr(record, 'fields', {}))
+
+
+def new_hash():
+    "A password, typed or piped in but never an argument, which others on the machine could read, as it may be kept."
+    password = typed_bytes(getpass('Password: ') if sys.stdin.isatty() else sys.stdin.readline())
+    if not 12 <= len(password.decode()) <= LOUDEST: raise SystemExit('a password has at least 12 characters')
+    print(scrypt(password, secrets.token_bytes(16)))
+
+
 def main():
     "Run the server as the environment says."
+    if sys.argv[1:] == ['hash']: return new_hash()
     os.umask(0o077)
     settings = Settings.read(os.environ)
-    logging.basicConfig(level=settings.log_level.upper(), format='%(asctime)s %(levelname)s %(name)s %(message)s')
-    for chatty in ('anthropic', 'httpx2', 'httpcore2', 'httpx'): logging.getLogger(chatty).setLevel(logging.WARNING)
+    lines = logging.StreamHandler()
+    lines.setFormatter(JsonLines())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[lines])
+    for chatty in ('anthropic', 'httpx2', 'httpcore2', 'httpx', 'uvicorn', 'asyncio'):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    resource.setrlimit(resource.RLIMIT_NOFILE, [resource.getrlimit(resource.RLIMIT_NOFILE)[1]] * 2)  # all we may have
     try: app = create_app(settings)
     except Unusable as error: raise SystemExit(f'{settings.database}: {error}') from None
     if settings.demo: log.info('no key is set: the demo model answers')
     log.info('Parley is at http://%s:%s', settings.host, settings.port)
-    config = uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
-                            proxy_headers=False, ws_max_size=262_144, timeout_graceful_shutdown=2)
-    with contextlib.suppress(KeyboardInterrupt): Server(config).run()
+    with contextlib.suppress(KeyboardInterrupt): Server(serving(app)).run()
 
 
 if __name__ == '__main__' and not NOTEBOOK: main()

@@ -389,9 +389,8 @@ class Site:
         self.url, self.upstream, self.db = f'http://127.0.0.1:{port}', upstream, folder / 'parley.db'
         self.settings = dataclasses.replace(main.Settings.read({}), **{
             'api_key': 'test', 'database_url': f'sqlite:///{self.db}', 'port': port, 'drain_seconds': 0, **settings})
-        app = main.create_app(self.settings, http=None if demo else httpx2.AsyncClient(transport=upstream))
-        config = uvicorn.Config(app, log_config=None, ws_max_size=2**18, timeout_graceful_shutdown=3)
-        self.server = uvicorn.Server(config)
+        self.door = main.create_app(self.settings, http=None if demo else httpx2.AsyncClient(transport=upstream))
+        self.server = uvicorn.Server(main.serving(self.door))
         self.thread = threading.Thread(target=self.server.run, kwargs={'sockets': [listener]}, daemon=True)
         self.thread.start()
         assert eventually(lambda: self.server.started or not self.thread.is_alive()) and self.server.started
@@ -441,7 +440,7 @@ def nothing_goes_wrong_unseen(caplog):
 
 @pytest.mark.parametrize('name, value, read', [
     ('MODEL', ' claude-x\n', 'claude-x'), ('MAX_TOKENS', '77\n', 77), ('PORT', ' 8080 ', 8080), ('PORT', '  ', 5001),
-    ('HOST', '0.0.0.0', '0.0.0.0'), ('DATABASE_URL', 'sqlite:///x/y.db\n', 'sqlite:///x/y.db'),
+    ('HOST', ' localhost ', 'localhost'), ('DATABASE_URL', 'sqlite:///x/y.db\n', 'sqlite:///x/y.db'),
     ('DRAIN_SECONDS', '9', 9), ('IDLE_SECONDS', '7', 7), ('STALL_SECONDS', '8', 8), ('MAX_MESSAGE_CHARS', '10', 10),
     ('SESSION_SECRET', 's \n', 's'), ('ANTHROPIC_API_KEY', 'sk-ant-x\r\n', 'sk-ant-x'),
     ('ANTHROPIC_AUTH_TOKEN', ' t ', 't'), ('ANTHROPIC_BASE_URL', ' http://127.0.0.1:1\n', 'http://127.0.0.1:1')])
