@@ -65,7 +65,6 @@ from markdown_it.rules_block import StateBlock, paragraph
 from markdown_it.rules_core import StateCore
 from mdit_py_plugins.footnote.index import footnote_def
 from pygments.lexers import get_lexer_by_name
-from pygments.styles import get_style_by_name
 from pygments.token import STANDARD_TYPES
 from pygments.util import ClassNotFound
 from starlette.datastructures import Headers
@@ -587,7 +586,8 @@ class Fault(Exception):
         self.words, self.again, self.after, self.status = words, again, after, status
 
 
-STOPS = {'max_tokens': 'The answer reached MAX_TOKENS, the longest that is allowed here.',
+STOPS = {'end_turn': '', 'stop_sequence': '',
+         'max_tokens': 'The answer reached MAX_TOKENS, the longest that is allowed here.',
          'refusal': 'Claude declined to go on with this.',
          'model_context_window_exceeded': 'The conversation has grown longer than the model can read.',
          'pause_turn': 'Claude paused too often and was not asked again.'}
@@ -614,7 +614,7 @@ class EventLines:
     "The events of a `text/event-stream`, from bytes cut anywhere. Raises `Fault` for a line that never ends."
     def __init__(self): self.rest, self.data = b'', []
 
-    def feed(self, chunk: bytes) -> list[dict]:
+    def feed(self, chunk: bytes) -> list[dict | ValueError]:
         *lines, self.rest = (self.rest + chunk).split(b'\n')
         if len(self.rest) > LONGEST_EVENT: raise Fault('Claude sent more in one piece than can be read.')
         events = []
@@ -622,7 +622,8 @@ class EventLines:
             line = line.rstrip(b'\r')
             if line.startswith(b'data:'): self.data.append(line[5:])
             elif not line and self.data:
-                events.append(json.loads(b'\n'.join(self.data)))
+                try: events.append(json.loads(b'\n'.join(self.data)))
+                except ValueError as error: events.append(error)
                 self.data = []
         return events
 
@@ -663,41 +664,52 @@ class Claude:
                 fault = explain(error, said, self.settings)
             wait = fault.after or 2 ** attempt * random.uniform(0.25, 0.75)  # noqa: S311 jitter, not a secret
             if said or not fault.again or attempt == TRIES or wait > LONGEST_WAIT or time.monotonic() + wait > give_up:
-                yield Ended('interrupted' if said else fault.status, fault.words)
+                words = fault.words
+                for secret in filter(None, (self.settings.api_key, self.settings.auth_token)):
+                    words = words.replace(secret, '…')  # a server may quote what it was sent
+                yield Ended('interrupted' if said else fault.status, words)
                 return
             yield Waiting(wait)
             await asyncio.sleep(wait)
 
     async def _once(self, turns):
         "One answer, a `str` per read of the connection; a `pause_turn` is sent back as it is and resumed."
+        silent = True
         for _ in range(RESUMES):
             blocks, reason, heard, complete, held = [], None, False, False, ''
             async for events in self._reads(turns):
-                said = []
-                for event in events:
-                    heard = heard or event['type'] != 'error'
-                    match event['type']:
-                        case _ if complete: break
-                        case 'content_block_delta' if event['delta']['type'] == 'text_delta':
-                            said.append(event['delta']['text'])
-                        case 'content_block_start': blocks.append([event['content_block'], []])
-                        case 'message_delta': reason = event['delta'].get('stop_reason') or reason
-                        case 'message_stop': complete = True
-                        case 'error': raise upstream_error(event['error'])
+                said, fault = [], None
+                try:
+                    for event in events:
+                        if isinstance(event, ValueError): raise event
+                        heard = heard or event['type'] != 'error'
+                        match event['type']:
+                            case 'content_block_delta' if event['delta']['type'] == 'text_delta':
+                                said.append(event['delta']['text'])
+                            case 'content_block_start': blocks.append([event['content_block'], []])
+                            case 'message_delta': reason = event['delta'].get('stop_reason') or reason
+                            case 'error': raise upstream_error(event['error'])
+                            case 'message_stop':
+                                complete = True
+                                break  # what comes after it does not count
+                except Exception as error: fault = error  # noqa: BLE001 raised once what came before it is said
                 if said:
                     if blocks: blocks[-1][1] += said
                     text, held = whole(''.join(said), held)
+                    silent = silent and not text
                     if text: yield text
+                if fault: raise fault
                 if complete: break
             if held: yield '\ufffd'
             if not heard: raise Fault(FOREIGN)
-            if not complete: raise Fault(BROKE_OFF, status='interrupted')
+            if not complete or not reason: raise Fault(BROKE_OFF, status='interrupted')
             if reason != 'pause_turn': break
             turns = [*turns, {'role': 'assistant', 'content': [
                 {**block, 'text': ''.join(text)} if block['type'] == 'text' else block for block, text in blocks]}]
-        yield Ended('done', STOPS.get(reason, ''))
+        note = STOPS.get(reason, f'Claude stopped for a reason that is not known here: {str(reason)[:40]}.')
+        yield Ended('done', note or 'Claude answered without words.' * silent)
 
-    async def _reads(self, turns) -> AsyncIterator[list[dict]]:
+    async def _reads(self, turns) -> AsyncIterator[list[dict | ValueError]]:
         "The events of each read of the connection. Silence, endless pings and another protocol are faults."
         limits, clock = self.settings, time.monotonic
         async with contextlib.AsyncExitStack() as stack:
@@ -714,8 +726,9 @@ class Claude:
                 if chunk is None: return
                 if (room := room - len(chunk)) < 0: raise Fault('Claude sent more than can be read.')
                 if events := lines.feed(chunk):
-                    if any(event['type'] != 'ping' for event in events): heard = clock()
-                    if pace and any(event['type'] == 'content_block_delta' for event in events): pace = pace()
+                    if not all(isinstance(event, dict) and event.get('type') == 'ping' for event in events):
+                        heard = clock()
+                    if pace and b'content_block_delta' in chunk: pace = pace()
                     yield events
 
     def _pace(self, response, stack):
@@ -739,6 +752,7 @@ PASSING_TYPES = {'overloaded_error', 'rate_limit_error', 'api_error', 'timeout_e
 def upstream_error(error: dict) -> Fault:
     "A fault from the `error` object of the Messages API, in a stream (with status 200) or in a body."
     kind, message = str(error.get('type')), str(error.get('message', ''))[:300]
+    if 'spend_limit' in json.dumps(error): return Fault('The spend limit of the key is reached.')
     if kind in PASSING_TYPES: return Fault(f'{BUSY} ({kind.removesuffix("_error").replace("_", " ")}).', again=True)
     if kind in ('authentication_error', 'permission_error'): return Fault(KEY_REFUSED)
     return Fault(f'Claude refused the request: {message}')
@@ -756,6 +770,8 @@ def explain(error: Exception, said: bool, settings: Settings) -> Fault:
     log.warning('upstream fault: %s %s', type(error).__name__, getattr(error, 'status_code', ''))
     match error:
         case Fault(): return error
+        case anthropic.APIStatusError(body={'error': dict() as told}) if 'spend_limit' in json.dumps(told):
+            return upstream_error(told)
         case anthropic.APIStatusError(status_code=401 | 403): return Fault(KEY_REFUSED)
         case anthropic.APIStatusError(status_code=code) if code in PASSING:
             after = seconds_to_wait(error.response.headers)
@@ -1055,7 +1071,6 @@ if NOTEBOOK:
 # touched again; only the open tail is set anew, and most pieces of it are plain letters that need no parser at all.
 # Three walls: the parser knows no HTML, our renderer writes only what it knows, and nh3 has the last word. Beside nh3
 # go two things only, both written by our own hand with every text escaped: a code block's frame and a formula.
-#
 # `render(text)` is what a reload shows; a `Typesetter` that has finished holds exactly the same, whatever the pieces.
 
 # %%
@@ -1067,39 +1082,25 @@ FORMULA_LIMIT = 2_000      # characters; a longer formula is shown as its source
 FORMULAS_LIMIT = 500       # further ones in the same block: each costs about 0.3 ms
 DEEP = 24                  # levels of quotes and lists (a list is two); what is deeper is plain text
 CALM = 2_000               # characters; a longer tail is set again only when it has grown by an eighth
-
+QUIET = {'', 'n', 'p', 'w', 'x', 'err'}  # what no style colours needs no span: half the nodes of a code block
 
 def normal(text):
     """`text` with `\\n` for every line end; U+FFFD for NUL, lone surrogates and our own two marks."""
     return re.sub('[\0\ud800-\udfff\ufdd0\ufdd1]', '\ufffd', re.sub('\r\n?', '\n', text))
 
-
-# %% [markdown]
-# ### Code, formulas, hosts
-
-# %%
 @functools.lru_cache(64)
 def lexer(name):
     try: return get_lexer_by_name(name, stripnl=False, ensurenl=False)
     except ClassNotFound: return None
 
-
-QUIET = {'', 'n', 'p', 'w', 'x', 'err'}  # what no style colours needs no span: half the nodes of a code block
-
-
 def coloured(code, name):
-    """HTML in pieces of some 8,000 characters: nh3 sees no giant string, and other threads get their turn."""
-    tokens = list(lexer(name).get_tokens(code))
+    """HTML in pieces of some thousand characters: nh3 sees no giant string, and other threads get their turn."""
+    tokens, spans = list(lexer(name).get_tokens(code)), []
     if ''.join(text for _, text in tokens) != code: return [escape(code, False)]  # some lexers drop a character
-    pieces, size = [[]], 0
     for kind, text in tokens:
         name = STANDARD_TYPES.get(kind) or STANDARD_TYPES.get(kind.parent, '')
-        html = escape(text, False)
-        pieces[-1].append(html if name in QUIET else f'<span class="{name}">{html}</span>')
-        size += len(pieces[-1][-1])
-        if size > 8_000: pieces, size = pieces + [[]], 0
-    return [''.join(piece) for piece in pieces]
-
+        spans.append(escape(text, False) if name in QUIET else f'<span class="{name}">{escape(text, False)}</span>')
+    return [''.join(spans[i:i + 400]) for i in range(0, len(spans), 400)]
 
 def figure(code, info='', colour=True):
     """A code block; the text of its `code` is `code`, to the letter."""
@@ -1109,109 +1110,95 @@ def figure(code, info='', colour=True):
     return (f'<figure class="code"><figcaption>{name}</figcaption><pre tabindex="0"><code>'
             + ''.join(map(clean, pieces)) + '</code></pre></figure>')
 
-
 MATH = set('math mrow mi mn mo mtext mspace ms mfrac msqrt mroot mstyle mpadded mphantom menclose msub msup msubsup '
            'munder mover munderover mmultiscripts mprescripts none mtable mtr mtd merror'.split())
 MATH_ATTRIBUTES = set('display mathvariant stretchy fence separator form lspace rspace minsize maxsize columnalign '
                       'rowspacing columnspacing columnlines rowlines linethickness accent accentunder movablelimits '
                       'displaystyle scriptlevel width height depth notation symmetric'.split())
-
-
 def mathml(element):
     """MathML written anew from the tree: known tags, known attributes, escaped text. It is put in place after nh3 has
-    cleaned the rest. Allowing MathML *through* a sanitiser would mean trusting it to read `mtext` and `annotation-xml`
-    the way every browser does; with this there is never an HTML element inside a formula for anyone to misread."""
+    cleaned the rest: no sanitiser need read `mtext` as every browser does, for there is never HTML inside a formula."""
     if element.tag not in MATH: raise ValueError(element.tag)
     attributes = ''.join(f' {key}="{value}"' for key, value in element.items()
                          if key in MATH_ATTRIBUTES and re.fullmatch(r'[\w.%+ -]*', value))
     inside = escape(unescape(element.text or '')) + ''.join(map(mathml, element))
     return f'<{element.tag}{attributes}>{inside}</{element.tag}>'
 
-
 @functools.lru_cache(1024)
-def formula(latex, display):
-    """MathML, or the source where that cannot be had."""
-    if len(latex) <= FORMULA_LIMIT and END not in latex:
-        with contextlib.suppress(Exception):  # the library raises what it likes, RecursionError included
-            return mathml(convert_to_element(latex, display='block' if display else 'inline'))
+def formula(latex, display):  # MathML, or the source where that cannot be had; `display` is 'block' or 'inline'
+    with contextlib.suppress(Exception):  # the library raises what it likes, RecursionError included
+        if len(latex) <= FORMULA_LIMIT and END not in latex: return mathml(convert_to_element(latex, display=display))
     return as_source(latex)
 
-
 def as_source(latex): return f'<code class="math">{escape(latex, False).replace(END, MARK)}</code>'
-
 
 def host_of(url, schemes=('http', 'https', 'mailto')):
     """The host (for mailto: the address's) that a browser would really go to, or '' for what we do not link."""
     try: parts = urlsplit(url)
     except ValueError: return ''
-    host = parts.path.rpartition('@')[2] if parts.scheme == 'mailto' else parts.netloc.rpartition('@')[2]
+    host = (parts.path if parts.scheme == 'mailto' else parts.netloc).rpartition('@')[2]
     plain = re.fullmatch(r'([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d*)?', host.lower())
     return plain[1] if plain and parts.scheme in schemes else ''
 
-
-def pretends(words, host):
-    """Does a link's text name a host other than its own?"""
+def pretends(words, host):  # does a link's text name a host other than its own?
     named = re.findall(r'(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])', words.lower()[:500])
     return any(name.removeprefix('www.') != host.removeprefix('www.') for name in named)
 
-
 # %% [markdown]
-# ### The parser's rules beside CommonMark's
+# ### From Markdown to HTML
+#
+# CommonMark with tables, strikethrough and tasks is the library's; formulas, bare addresses, notes and a bound for
+# nesting are four short rules beside it. How a token is written is said once, in `Pen`.
 
 # %%
-def deep(state, start, end, silent):
-    """Nesting beyond `DEEP` is text. (The parser's own limit would drop the text.)"""
+CLOSING = {r'\(': r'\)', r'\[': r'\]'}
+# Prices stay text by pandoc's rule for a single dollar: no space inside, no digit after.
+INLINE_MATH = re.compile(r'\$\$([^$]{1,2000})\$\$|\$(?![\s$])((?:[^$\\]|\\.){0,1999}(?:[^$\\\s]|\\\S))\$(?!\d)'
+                         r'|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]', re.DOTALL)
+NOTE_MARK = re.compile(r'\[\^([^\]\s]{1,99})\]')
+URL, AFTER_URL = re.compile(r'://[^\s<>\[\]{}|\\^`"*\ufdd0]{1,2000}'), '.,;:!?\'_~'
+def deep(state, start, end, silent):  # nesting beyond `DEEP` is text; the parser's own limit would drop the text
     return not silent and state.level >= DEEP and paragraph(state, start, end, silent)
-
 
 def math_block(state, start, end, silent):
     r"""`$$` or `\[` at the start of a line: up to the closing delimiter at the end of a line, or to a blank line, so
     that a forgotten delimiter swallows one paragraph at most. The first line alone decides that it is a formula."""
     first = state.src[state.bMarks[start] + state.tShift[start]:state.eMarks[start]].rstrip()
     if state.is_code_block(start) or not first.startswith(('$$', r'\[')): return False
-    closing = '$$' if first[0] == '$' else r'\]'
+    closing = CLOSING.get(first[:2], '$$')
     at = first.find(closing, 2)
-    if at >= 0 and at + 2 < len(first): return False  # words follow the formula: a paragraph
+    if 0 <= at < len(first) - 2: return False  # words follow the formula: a paragraph
     if silent: return True
     line, closed = start + 1, at >= 0
     while not closed and line < end and not state.isEmpty(line) and state.sCount[line] >= state.blkIndent:
         closed = state.src[state.bMarks[line]:state.eMarks[line]].rstrip().endswith(closing)
         line += 1
     token = state.push('math_block', 'math', 0)
-    token.content, token.map = state.getLines(start, line, state.blkIndent, False).strip(), [start, line]
-    token.meta = {'closed': closed}
-    state.line = line
+    token.map, token.meta = [start, line], {'closed': closed, 'display': 'block'}
+    latex = state.getLines(start, line, state.blkIndent, False).strip()
+    token.content, state.line = latex[2:-2].strip() if closed else latex, line
     return True
-
-
-# Prices stay text by pandoc's rule for a single dollar: no space inside, no digit after.
-INLINE_MATH = re.compile(r'\$\$([^$]{1,2000})\$\$|\$(?![\s$])((?:[^$\\]|\\.){0,1999}(?:[^$\\\s]|\\\S))\$(?!\d)'
-                         r'|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]', re.DOTALL)
-
 
 def math_inline(state, silent):
     if state.src[state.pos] not in '$\\': return False
-    closing = {'\\(': r'\)', '\\[': r'\]'}.get(state.src[state.pos:state.pos + 2], '$')
+    closing = CLOSING.get(state.src[state.pos:state.pos + 2], '$')
     if state.src.find(closing, state.pos + 1, state.pos + FORMULA_LIMIT + 4) < 0: return False  # quick for a lone one
     found = INLINE_MATH.match(state.src, state.pos, state.posMax)
     if not found: return False
     if not silent:
         token = state.push('math_inline', 'math', 0)
-        token.content, token.meta = found[found.lastindex], {'display': found.lastindex in (1, 4)}
+        token.content = found[found.lastindex]
+        token.meta = {'closed': True, 'display': 'block' if found.lastindex in (1, 4) else 'inline'}
     state.pos = found.end()
     return True
-
-
-URL = re.compile(r'://[^\s<>\[\]{}|\\^`"*\ufdd0]{1,2000}')
-
 
 def bare_url(state, silent):
     """`https://…` without brackets is a link; `www.` and bare domains stay text."""
     found = state.linkLevel == 0 and URL.match(state.src, state.pos, state.posMax)
     scheme = found and re.search(r'(?<![A-Za-z0-9+.-])https?$', state.src[max(state.pos - 6, 0):state.pos])
     if not scheme or not silent and not state.pending.endswith(scheme[0]): return False
-    rest = found[0].rstrip('.,;:!?\'_~')
-    while rest.endswith(')') and rest.count(')') > rest.count('('): rest = rest[:-1].rstrip('.,;:!?\'_~')
+    rest = found[0].rstrip(AFTER_URL)
+    while rest.endswith(')') and rest.count(')') > rest.count('('): rest = rest[:-1].rstrip(AFTER_URL)
     url = state.md.normalizeLink(scheme[0] + rest)
     if not host_of(url): return False
     if not silent:
@@ -1222,85 +1209,58 @@ def bare_url(state, silent):
     state.pos += len(rest)
     return True
 
-
 def note_mark(state, silent):
     """`[^label]`. While a reply is open a number counts as a note whose text is still to come."""
-    found = re.compile(r'\[\^([^\]\s]{1,99})\]').match(state.src, state.pos, state.posMax)
+    found = NOTE_MARK.match(state.src, state.pos, state.posMax)
     if not found or not (found[1] in state.env['notes'] or state.env['guess'] and found[1].isdigit()): return False
     if not silent: state.push('note', 'sup', 0).meta = {'label': found[1]}
     state.pos = found.end()
     return True
 
 
-# %% [markdown]
-# ### From tokens to HTML
-
-# %%
 class Pen(RendererHTML):
     """How a token is written; a method is named after its token."""
-
-    def aside(self, env, html):
-        """Keep `html` out of nh3's way; its place is taken by a number between noncharacters."""
+    def aside(self, env, html):  # kept out of nh3's way; its place is taken by a number between noncharacters
         env['aside'].append(html)
         return f'{ASIDE}{len(env["aside"]) - 1}{ASIDE}'
-
     def text(self, tokens, i, options, env): return escape(tokens[i].content).replace(END, MARK)
     def code_inline(self, tokens, i, options, env): return f'<code>{self.text(tokens, i, options, env)}</code>'
+    def code_block(self, tokens, i, options, env): return self.aside(env, figure(tokens[i].content))
     def fence(self, tokens, i, options, env):
         return self.aside(env, figure(tokens[i].content, unescape(tokens[i].info), not env['tail']))
+    def table_open(self, *_): return '<div class="table" tabindex="0"><table>\n'
+    def table_close(self, *_): return '</table></div>\n'
+    def td_open(self, tokens, i, *_):
+        align = str(tokens[i].attrs.get('style', '')).removeprefix('text-align:')
+        return f'<{tokens[i].tag} class="{align}">' if align else f'<{tokens[i].tag}>'
+    th_open = td_open
 
-    def code_block(self, tokens, i, options, env): return self.aside(env, figure(tokens[i].content))
-    def softbreak(self, tokens, i, options, env): return '\n'
-    def hardbreak(self, tokens, i, options, env): return '<br>\n'
-    def table_open(self, tokens, i, options, env): return '<div class="table" tabindex="0"><table>\n'
-    def table_close(self, tokens, i, options, env): return '</table></div>\n'
-    def th_open(self, tokens, i, options, env): return self.cell(tokens[i])
-    def td_open(self, tokens, i, options, env): return self.cell(tokens[i])
-    def cell(self, token):
-        align = str((token.attrs or {}).get('style', '')).removeprefix('text-align:')
-        return f'<{token.tag} class="{align}">' if align else f'<{token.tag}>'
-
-    def list_item_open(self, tokens, i, options, env):
+    def list_item_open(self, tokens, i, *_):
         checked = tokens[i].meta.get('checked')
-        if checked is None: return '<li>'
-        return f'<li class="task"><span class="box">{"☑" if checked else "☐"}</span> '
-
-    def link_open(self, tokens, i, options, env):
-        url, title = str(tokens[i].attrs['href']), tokens[i].attrs.get('title', '')
-        level = tokens[i].level
+        return '<li>' if checked is None else f'<li class="task"><span class="box">{"☑" if checked else "☐"}</span> '
+    def link_open(self, tokens, i, *_):
+        url, title, level = str(tokens[i].attrs['href']), str(tokens[i].attrs.get('title', '')), tokens[i].level
         end = next(j for j in range(i, len(tokens)) if tokens[j].type == 'link_close' and tokens[j].level == level)
-        host = tokens[end].meta['host'] = host_of(url)
-        if not host: return ''
-        words = ''.join(token.content for token in tokens[i:end] if token.type in ('text', 'code_inline'))
-        tokens[end].meta['tell'] = pretends(words, host)
-        title = f' title="{escape(str(title))}"' if title else ''
-        return f'<a href="{escape(url)}"{title} target="_blank">'
-
-    def link_close(self, tokens, i, options, env):
-        host, tell = tokens[i].meta['host'], tokens[i].meta.get('tell')
-        return ('</a>' if host else '') + (f' <span class="host">({escape(host)})</span>' if tell else '')
+        host, words = host_of(url), ''.join(t.content for t in tokens[i:end] if t.type in ('text', 'code_inline'))
+        told = f' <span class="host">({escape(host)})</span>' if host and pretends(words, host) else ''
+        tokens[end].meta['html'] = f'</a>{told}' if host else ''
+        title = title and f' title="{escape(title)}"'
+        return f'<a href="{escape(url)}"{title} target="_blank">' if host else ''
+    def link_close(self, tokens, i, *_): return tokens[i].meta['html']
 
     def image(self, tokens, i, options, env):
-        url, words = str(tokens[i].attrs['src']), self.renderInlineAsText(tokens[i].children, options, env)
+        url, words = str(tokens[i].attrs['src']), escape(self.renderInlineAsText(tokens[i].children, options, env))
         host = host_of(url, ('http', 'https'))
-        if not host: return escape(words)
-        return f'<span class="image" data-src="{escape(url)}">{escape(words)} <span class="host">({host})</span></span>'
-
-    def note(self, tokens, i, options, env):
-        """A note's number says nothing but its turn of first use: without ids there is nothing to jump to."""
-        label = tokens[i].meta['label']
-        return f'<sup class="note">{env["numbers"].setdefault(label, len(env["numbers"]) + 1)}</sup>'
+        if not host: return words
+        return f'<span class="image" data-src="{escape(url)}">{words} <span class="host">({host})</span></span>'
+    def note(self, tokens, i, options, env):  # its turn of first use; without ids there is nothing to jump to
+        return f'<sup class="note">{env["numbers"].setdefault(tokens[i].meta["label"], len(env["numbers"]) + 1)}</sup>'
 
     def math_inline(self, tokens, i, options, env):
         env['formulas'] += 1
-        latex, display = tokens[i].content, tokens[i].meta['display']
-        return self.aside(env, formula(latex, display) if env['formulas'] <= FORMULAS_LIMIT else as_source(latex))
-
-    def math_block(self, tokens, i, options, env):
-        latex = tokens[i].content
-        html = formula(latex[2:-2].strip(), True) if tokens[i].meta['closed'] else as_source(latex)
-        return f'<div class="math">{self.aside(env, html)}</div>'
-
+        latex, fine = tokens[i].content, tokens[i].meta['closed'] and env['formulas'] <= FORMULAS_LIMIT
+        return self.aside(env, formula(latex, tokens[i].meta['display']) if fine else as_source(latex))
+    def math_block(self, *token): return f'<div class="math" tabindex="0">{self.math_inline(*token)}</div>'
 
 WALL = nh3.Cleaner(
     tags=set('p h1 h2 h3 h4 h5 h6 strong em s code a ul ol li blockquote hr br table thead tbody tr th td div span sup '
@@ -1309,30 +1269,20 @@ WALL = nh3.Cleaner(
     tag_attribute_values={'a': {'target': {'_blank'}}, 'div': {'tabindex': {'0'}}},
     allowed_classes={'span': {'end', 'host', 'image', 'box', *STANDARD_TYPES.values()} - {''}, 'li': {'task'},
                      'div': {'table', 'math', 'plain'}, 'sup': {'note'}, 'section': {'notes'}, 'p': {'cut'},
-                     'th': {'left', 'center', 'right'}, 'td': {'left', 'center', 'right'}},
+                     **dict.fromkeys(('th', 'td'), {'left', 'center', 'right'})},
     url_schemes={'http', 'https', 'mailto'}, url_relative='deny', link_rel='noopener noreferrer nofollow')
-
-
 def clean(html): return WALL.clean(ASIDE + html)[1:]  # with something before it, or a leading U+FEFF would go
 
-
-def parser():
-    md = MarkdownIt('commonmark', {'html': False, 'xhtmlOut': False, 'tasklists': True, 'maxNesting': 2 * DEEP},
+PARSER = MarkdownIt('commonmark', {'html': False, 'xhtmlOut': False, 'tasklists': True, 'maxNesting': 2 * DEEP},
                     renderer_cls=Pen).enable(['table', 'strikethrough']).disable(['html_block', 'html_inline'])
-    md.validateLink = lambda url: True  # the pen decides: what we do not link keeps its words
-    stops = ['paragraph', 'reference', 'blockquote', 'list']
-    md.block.ruler.before('table', 'deep', deep)
-    md.block.ruler.before('fence', 'math_block', math_block, {'alt': stops})
-    md.block.ruler.before('reference', 'footnote_def', footnote_def, {'alt': ['paragraph', 'reference']})
-    md.inline.ruler.after('text', 'bare_url', bare_url)
-    md.inline.ruler.before('escape', 'math_inline', math_inline)
-    md.inline.ruler.before('link', 'note', note_mark)
-    md.core.ruler.enableOnly(['inline', 'text_join'])
-    return md
-
-
-PARSER = parser()
-
+PARSER.validateLink = lambda url: True  # the pen decides: what we do not link keeps its words
+PARSER.block.ruler.before('table', 'deep', deep)
+PARSER.block.ruler.before('fence', 'math_block', math_block, {'alt': ['paragraph', 'reference', 'blockquote', 'list']})
+PARSER.block.ruler.before('reference', 'footnote_def', footnote_def, {'alt': ['paragraph', 'reference']})
+PARSER.inline.ruler.after('text', 'bare_url', bare_url)
+PARSER.inline.ruler.before('escape', 'math_inline', math_inline)
+PARSER.inline.ruler.before('link', 'note', note_mark)
+PARSER.core.ruler.enableOnly(['inline', 'text_join'])
 
 @dataclass
 class Part:
@@ -1344,11 +1294,9 @@ class Part:
 
     def has(self, character): return any(character in token.content for token in self.tokens if token.type == 'inline')
 
-
 def surroundings(references, notes, numbers, guess=False, tail=False):
     """What a parser run knows and learns: link definitions {label: link}, notes {label: Part}, their numbers."""
     return {'references': references, 'notes': notes, 'numbers': numbers, 'guess': guess, 'tail': tail}
-
 
 def parse(text, env):
     """-> (state, tops, notes): the top-level parts in order (notes among them), and all notes, nested ones too."""
@@ -1356,36 +1304,29 @@ def parse(text, env):
     PARSER.block.tokenize(state, 0, state.lineMax)
     tops, notes, within, depth = [], [], [], 0
     for token in state.tokens:
-        if token.type == 'footnote_reference_close': within.pop()
-        elif depth == 0 or token.type == 'footnote_reference_open':
-            begin, end = token.map
-            part = Part([], text[state.bMarks[begin]:state.bMarks[end]].rstrip('\n'), token.map)
+        opens = token.type == 'footnote_reference_open'
+        if opens or depth == 0:
+            source = text[state.bMarks[token.map[0]]:state.bMarks[token.map[1]]].rstrip('\n')
+            part = Part([], source, token.map, token.meta['label'] if opens else '')
             if depth == 0: tops.append(part)
-            if token.type == 'footnote_reference_open':
-                part.label = token.meta['label']
-                notes.append(part)
-                within.append(part)
-        if not token.type.startswith('footnote_reference'): (within or tops)[-1].tokens.append(token)
+            if opens:
+                for some in notes, within: some.append(part)
+                env['notes'].setdefault(part.label, part)  # as with links, the first definition counts
+        if token.type == 'footnote_reference_close': within.pop()
+        elif not opens: (within or tops)[-1].tokens.append(token)
         depth += token.nesting
     return state, tops, notes
 
-
-def unstyled(source, end=''):
-    note = 'Too long to typeset, shown as written.'
-    return f'<div class="plain"><p class="cut">{note}</p><pre>\n{escape(source)}{end}</pre></div>'
-
-
+LONG = '<div class="plain"><p class="cut">Too long to typeset, shown as written.</p><pre>\n%s</pre></div>'
 def write(part, env):
     """One block's HTML: exactly one element. Runs the inline parser; may be called again with other surroundings."""
     code = part.tokens and part.tokens[0].type in ('fence', 'code_block')
-    if len(part.source) > BLOCK_LIMIT and not code: return unstyled(part.source)
+    if len(part.source) > BLOCK_LIMIT and not code: return LONG % escape(part.source)
     env |= {'aside': [], 'formulas': 0}
-    for token in part.tokens:
-        if token.type == 'inline': token.children = []
+    for token in part.tokens: token.children = [] if token.type == 'inline' else None
     PARSER.core.process(StateCore('', PARSER, env, part.tokens))
     html = clean(PARSER.renderer.render(part.tokens, PARSER.options, env)).strip()
     return re.sub(f'{ASIDE}(\\d+){ASIDE}', lambda found: env['aside'][int(found[1])], html).replace(END, '')
-
 
 def notes_section(env):
     """The notes that were used, numbered by first use; a note's text may use further ones."""
@@ -1395,100 +1336,60 @@ def notes_section(env):
             items.append(f'<li>{write(env["notes"][label], env) if label in env["notes"] else ""}</li>')
     return [f'<section class="notes"><ol>{"".join(items)}</ol></section>'] if items else []
 
-
 def render(text):
     """Markdown -> the safe HTML of its blocks, one element each; a section of notes comes last if there are any."""
     env = surroundings({}, {}, {})
-    _, tops, notes = parse(normal(text), env)
-    for note in notes: env['notes'].setdefault(note.label, note)
+    _, tops, _ = parse(normal(text), env)
     return [write(part, env) for part in tops if not part.label] + notes_section(env)
 
+SAID = re.compile(r'^ {0,3}(`{3,})([^`\n]*)\n(.*?)(?:^ {0,3}\1`*[ \t]*(?:\n|\Z)|\Z)'  # fenced code, or lines of words
+                  r'|(?:(?!^ {0,3}`{3,}[^`\n]*\n)(?:[^\n]+\n?|\n)){1,20}', re.M | re.S)
+def render_user(text, most=20):
+    """A person's message as it was written: no Markdown but code fences; what goes beyond `most` lines is folded."""
+    shown, folded, lines = '', '', 0
+    for said in SAID.finditer(normal(text)):
+        lines += said[0].count('\n') + (not said[1] and said[0][-1] != '\n')
+        html = figure(said[3], said[2]) if said[1] else f'<p class="said">{escape(said[0], False)}</p>'
+        if folded or shown and lines > most or lines > most + 1: folded += html
+        else: shown += html
+    return shown + (f'<details><summary>All {lines} lines</summary>{folded}</details>' if folded else '')
 
 # %% [markdown]
 # ### While it is written
 #
-# A block is final when later lines cannot reach it. Lines are looked at only when complete, and a block closes when
-# another follows it. One thing reaches further back than that: a link definition's label or title may go on over lines
-# that meanwhile look like a heading underlined with `===` or like a paragraph. It ends at a blank line and at whatever
-# may interrupt it, so only there do we cut.
+# A block is final when later lines cannot reach it. Mostly it is so when another follows, but a link definition's label
+# or title may go on over lines that meanwhile look like a heading underlined with `===` or like a paragraph. It ends at
+# a blank line and at whatever may interrupt it, so only there do we cut, and only after complete lines.
 
 # %%
 @dataclass
-class Block:
-    """A block has closed; it stands before the tail from now on."""
-    html: str
-
-
+class Block: html: str  # it has closed and stands before the tail from now on
 @dataclass
-class Tail:
-    """What stands behind the closed blocks, all of it."""
-    html: str
-
-
+class Tail: html: str   # what stands behind the closed blocks, all of it
 @dataclass
-class Text:
-    """Letters, unescaped, for the place of the tail's `MARK`."""
-    text: str
-
-
+class Text: text: str   # letters, unescaped, for the place of the tail's `MARK`
 @dataclass
-class Mend:
-    """Closed block `n` (from 0) looks different now that a definition has come after it."""
+class Mend:             # closed block `n` (from 0) looks different now that a definition has come after it
     n: int
     html: str
 
-
-INTERRUPTS = {'fence', 'blockquote_open', 'hr', 'bullet_list_open', 'ordered_list_open', 'math_block',
-         'footnote_reference_open'}  # a table is none inside a list
-
-
-def done(part, state):
-    """Is this block over, whatever follows? (A list may go on after a blank line, and so may indented code.)"""
-    token = part.tokens[0] if part.tokens else None
-    if not token: return False
-    if token.type == 'fence': return token.content.count('\n') == token.map[1] - token.map[0] - 2
-    line, lasting = part.lines[1], token.type in ('bullet_list_open', 'ordered_list_open', 'code_block')
-    if not lasting and line < state.lineMax and state.isEmpty(line): return True
-    return token.type == 'hr' or token.type == 'math_block' and token.meta['closed'] or token.markup[:1] == '#'
-
-
-def cut(state, tops):
-    """The number of parts that are final. Notes at the end stay in the tail, where they can be seen."""
-    for i in range(len(tops) - 1, -1, -1):
-        part, after = tops[i], tops[i + 1] if i + 1 < len(tops) else None
-        if part.label: continue
-        if done(part, state): return i + 1
-        if not after: continue
-        line = part.lines[1]
-        if state.isEmpty(line - 1) or state.isEmpty(line): return i + 1
-        first = after.tokens[0] if after.tokens else None
-        stops = after.label or first and (first.type in INTERRUPTS or first.markup[:1] == '#')
-        if after.lines[0] == line and stops: return i + 1
-    return 0
-
-
-LEAD = re.compile(r' {0,3}([-+*]|\d{1,9}[.)]|>|\|)(?=[ \t]|[>|]|$)|( {2,}|\t)')
-
-
-def lead(line):
-    """How a line begins: '-', '.', '>', '|', ' ' (indented), or '' for words."""
-    found = LEAD.match(line)
-    return found[1][-1] if found and found[1] else ' ' if found else ''
-
-
-def may_close(line, after_blank, first):
-    """Could this complete line have closed the tail that begins with the line `first`? A cheap guess: a wrong yes
-    costs a parse, a wrong no only time."""
-    how, kind = lead(line), lead(first)
-    if not line.strip(): return not after_blank and kind in ('', '>', '|')
-    if how and (how == kind or how == ' ' and kind in ('-', '+', '*', '.', ')')): return False
-    return after_blank or bool(how.strip()) or line.lstrip()[:1] in '#`~$\\*_-[' or line.rstrip()[-2:] in ('$$', r'\]')
-
+INTERRUPTS = {'fence', 'blockquote_open', 'hr', 'bullet_list_open', 'ordered_list_open', 'math_block'}  # any paragraph
+def final(state, part, after=None):
+    """Can no later line reach this block, which `after` follows?"""
+    if part.label: return False  # a note at the end stays in the tail, where it can be seen
+    token, line = part.tokens[0], part.lines[1]
+    if token.type == 'fence': return token.content.count('\n') == token.map[1] - token.map[0] - 2  # it has its end
+    if token.type == 'hr' or token.markup[:1] == '#' or token.type == 'math_block' and token.meta['closed']: return True
+    blank = line < state.lineMax and state.isEmpty(line)
+    if not after: return blank and token.type not in ('bullet_list_open', 'ordered_list_open', 'code_block')
+    if blank or state.isEmpty(line - 1): return True
+    first = None if after.label else after.tokens[0]
+    return after.lines[0] == line and (not first or first.type in INTERRUPTS or first.markup[:1] == '#')
 
 # Letters that mean nothing where they stand, inside a line that has begun: no parser need see them.
 PLAIN = re.compile(r'(?:[^\W_]|[ ,;\'"?!(){}%=+^.-]|[^\x00-\x7f]|:(?=[ \w]|$)|(?<![:/])/(?!/))+')
-MARKS = re.compile(r'[`*_|$\\<>&~!]')
-SYNTAX = re.compile(r'[*_`|~#>]+')
+MARKS, SYNTAX = re.compile(r'[`*_|$\\<>&~!]'), re.compile(r'[*_`|~#>]+')
+FENCE_END = re.compile(r' {0,3}(?:`{0,50}|~{0,50})[ \t]{0,40}')  # or the beginning of one
 # A last line that may still become anything is not shown yet; neither is a run of marks at its end.
 UNDECIDED = re.compile(r'[ >\t]*(?:[-+*]|\d{1,9}[.)]?)?[ \t]*'
                        r'(?:\[[ xX]?\]?|[-=*_+`~#|:$>\\ \t]{0,80}|\\\[|\[\^?[^\]\s]*\]?:?[^ ]*)')
@@ -1496,21 +1397,23 @@ LOOSE = re.compile(r'(?:[*_~`\\$|<!]+|\\[([]|<[\w:/.@-]*|&#?\w{0,31}|\[\^[^\]\s]
 LINK = re.compile(r'!?\[([^\[\]\n]*)(?:\](?:\([^()\n]*)?)?$')
 RUN = re.compile(r'(`+)(?!`)(?:(?!\1).)*?(?<!`)\1(?!`)|\\[^()[\]]'  # whole code, escapes; and marks that may be open
                  r'|(?P<mark>`+|\*+|~~|(?<![^\W_])_+|_+(?![^\W_])|\$\$?|\\.)', re.S)
-CLOSING = {r'\(': r'\)', r'\[': r'\]'}
 NEW_TEXT = re.compile(r'\n[ \t]*\n|\n[ \t>]*(?:[-+*]|\d+[.)]|#+|\|)(?=[ \t])|\|')
-
-
 def complete(source):
     """`source` with what is open at its end closed, and `END` where letters may follow. For the tail only: this is a
     guess that the next render may overturn; closed blocks never see it."""
-    body, newline, line = source.rpartition('\n')
+    body, _, line = source.rpartition('\n')
     if len(re.findall(r'^[ \t>]*(?:[-+*][ \t]+|\d+[.)][ \t]+)?(?:```|~~~)', source, re.M)) % 2:  # a fence in a list
         return source + END if not re.fullmatch(r'[ \t]*[`~]*', line[:100]) else source[:len(source) - len(line)]
-    if not line or len(line) < 200 and UNDECIDED.fullmatch(line): source, line = body.rstrip('\n'), ''
-    if table := heading_row(source): return table
-    if not line: return source
-    breaks = [found.end() for found in NEW_TEXT.finditer(source, max(0, len(source) - CALM))]
-    at = breaks[-1] if breaks else max(0, len(source) - CALM)
+    if len(line) < 200 and UNDECIDED.fullmatch(line): source, line = body.rstrip('\n'), ''
+    above, newline, row = source.rpartition('\n')
+    if row[:1] == '|' and '|' in row[1:] and len(row) <= CALM and (above + newline)[-2:] in ('', '\n\n'):  # a table
+        return source + (END if row[-1] not in '|*_`\\' else '') + '\n' + '|-' * row.rstrip('| ').count('|') + '|'
+    return balanced(source) if line else source
+
+def balanced(source):
+    """What is loose at the end goes, code, emphasis, formulas and links that are open are closed."""
+    at = max(0, len(source) - CALM)
+    for found in NEW_TEXT.finditer(source, at): at = found.end()
     text, open_ = source[at:], []
     end = '' if LOOSE.search(text[-80:]) or re.search(r'://\S*$|\](?:\([^)]*)?$', text[-800:]) else END
     while found := LOOSE.search(text[-80:]): text = text[:len(text) - len(found[0])]
@@ -1523,118 +1426,82 @@ def complete(source):
         elif after.strip() and not (mark == '$' and after.isdigit()): open_.append(CLOSING.get(mark, mark))
     return source[:at] + text + end + ''.join(reversed(open_))
 
-
-def weight(text): return len(text) + 3 * len(MARKS.findall(text)) + 25 * text.count('[')
-
-
-def heading_row(source):
-    """A first row of cells is a table from the start."""
-    row = source.rpartition('\n')[2]
-    above = source[:len(source) - len(row)]
-    if row.count('|') < 2 or row[0] != '|' or len(row) > CALM or above and not above.endswith('\n\n'): return ''
-    cells = row.rstrip('| ').count('|')
-    return source + (END if row[-1] not in '|*_`\\' else '') + '\n' + '|-' * cells + '|'
+def weight(text): return len(text) + 3 * len(MARKS.findall(text)) + 25 * text.count('[')  # about us to typeset it
 
 
 class Typesetter:
     """Typesets a reply while it is written: feed pieces of text, get changes. After `finish()`, `blocks` equals
     `render(whole text)`, string for string.
-
     Cost: the tail is set again when a piece could be syntax, a long one only when it has grown by an eighth; it is
     searched for closed blocks on the same terms. So a text of n characters costs O(n). An open fence is never parsed.
     A definition that arrives late costs one more inline parse of those closed blocks that have a `[`, at the end."""
-
     def __init__(self):
         self.blocks, self.work = [], 0    # work: characters given to the parser so far, for the tests
         self._kept = []                   # (n, part, definitions known then): what a late definition may change
         self._references, self._notes, self._numbers = {}, {}, {}
         self._return = ''                 # a piece's last '\r', which may be half a line end
-        self._start([])
+        self._start('')
 
-    def _start(self, pieces):
-        """A new tail."""
-        text = ''.join(pieces)
-        self._pieces, self._size, self._weight = pieces, len(text), weight(text)
-        self._first, self._line = text.lstrip('\n').partition('\n')[0][:100], text.rpartition('\n')[2][:100]
-        self._blank, self._found, self._search_at, self._begun = True, False, 0, False
-        self._fence, self._held = None, ''
-        self._html, self._marked, self._added, self._shown, self._flat = '', False, [], 0, False
+    def _start(self, text):  # a new tail
+        self._pieces, self._size, self._weight = [text], len(text), weight(text)
+        self._line = text.rpartition('\n')[2][:100]               # of the last line no more than that matters
+        self._lead, self._blank = '', False                       # how it begins, whether its last whole line is blank
+        self._due, self._search_at, self._fence = False, 0, None  # the token of a fence that is open
+        self._html, self._marked, self._shown = '', False, 0      # as it was last set, at the size `_shown`
+        self._added, self._held = [], ''                          # since then; what may be the end of a fence
 
     @property
     def heavy(self):
-        """May the next feed, of an ordinary piece, take longer than about 10 ms? Then call it in a thread. Marks weigh
-        more than letters, a bracket most: about 30 us against 1."""
-        return self._size > 5_000 or not self._fence and self._weight > 5_000
+        """May the next feed, of an ordinary piece, take longer than about 10 ms? Then call it in a thread."""
+        return (self._size if self._fence else self._weight) > 5_000
 
     @property
-    def tail(self):
-        return self._html.replace(MARK, escape(''.join(self._added)) + MARK) if self._added else self._html
-
-    def html(self):
-        """All there is to see now."""
-        return ''.join(self.blocks) + self.tail
-
-    # -- feeding
+    def tail(self): return self._html.replace(MARK, escape(''.join(self._added)) + MARK)
+    def html(self): return ''.join(self.blocks) + self.tail
 
     def feed(self, piece):
         """The text that came since. -> changes in their order: blocks first, then at most one Tail or Text."""
-        text = self._return + piece
-        self._return = text[-1:] if text[-1:] == '\r' else ''
-        text = normal(text[:-1] if self._return else text)
+        text, before = self._return + piece, self._pieces[-1][-1:]
+        self._return = '\r' if text.endswith('\r') else ''
+        text = normal(text.removesuffix('\r'))
         if not text: return []
-        before = self._line[-1:]
         self._pieces.append(text)
-        self._size += len(text)
-        self._weight += weight(text)
-        closed = self._search() if self._may_have_closed(text) else []
-        if closed: return closed + self._set(True)
-        if self._fence and not self._marked: return self._set()
-        if self._fence: return self._code(text)
-        if self._flat or self._marked and PLAIN.fullmatch(before + text, len(before)): return self._append(text)
-        if self._shown <= CALM or (self._size - self._shown) * 8 >= self._shown: return self._set()
-        return self._append(SYNTAX.sub('', text)) if self._marked else []
+        self._size, self._weight = self._size + len(text), self._weight + weight(text)
+        if self._may_have_closed(text) and (closed := self._search()): return closed + self._set(moved=True)
+        if self._fence and self._marked: text = self._but_end(text)
+        elif self._marked and (self._shown > BLOCK_LIMIT or PLAIN.fullmatch(before + text, len(before))): pass
+        elif self._fence or self._shown <= CALM or self._size * 8 >= self._shown * 9: return self._set()
+        else: text = SYNTAX.sub('', text) * self._marked
+        self._added.append(text)
+        return [Text(text)] if text else []
 
-    def _may_have_closed(self, text):
-        """Look at the lines that `text` completes; of a line only its first hundred characters matter."""
-        *lines, rest = text.split('\n')
-        if lines: lines[0] = self._line + lines[0]
-        self._line = rest[:100] if lines else (self._line + rest)[:100]
-        for line in lines:
-            if not self._first.strip(): self._first = line[:100]
-            if self._fence: self._found = self._found or bool(self._fence.fullmatch(line[:100]))
-            else: self._found = self._found or may_close(line, self._blank, self._first)
-            self._blank = not line.strip()
-        if lines: self._begun = False
-        if self._blank and not self._begun and not self._fence and self._line[:1].isalpha():
-            # Words after a blank line: no list goes on, however the line may end.
-            self._begun, self._found = True, self._found or bool(self._first.strip())
-        return self._found and (self._fence or self._size >= self._search_at)
+    def _may_have_closed(self, text):  # a cheap guess: a wrong yes costs a parse, a wrong no only time
+        *lines, line = (self._line + text).split('\n')
+        if lines: self._blank = not lines[-1].strip()
+        begun, self._line = self._blank and (lines or not self._line) and line[:1].isalpha(), line[:100]
+        if self._fence: return any(self._fence.markup in line and FENCE_END.fullmatch(line) for line in lines)
+        self._lead = self._lead or ''.join(lines)[:1]
+        on = [self._lead] * (self._lead in '-+*>|') + [''] * (self._lead in '-+*0123456789')  # the same thing goes on
+        self._due = self._due or begun or any(line[:1] in '#`~$\\*_-+>|[' and line[:1] not in on
+                                              or line.rstrip().endswith(('$$', r'\]')) for line in lines)
+        return self._due and self._size >= self._search_at
 
     def _search(self):
         """Close what has closed. -> [Block, ...]"""
-        source, blank = ''.join(self._pieces), self._blank
-        env = self._env()
-        words = 'x\n' if blank and self._line[:1].isalpha() else ''  # stands for a line that has only begun
-        state, tops, notes = self._parse(source[:source.rfind('\n') + 1] + words, env)
-        n = cut(state, tops)
+        source = ''.join(self._pieces)
+        whole = source[:source.rfind('\n') + 1]
+        begun = self._blank and self._line[:1].isalpha()  # words: they end a list, whatever comes of them
+        env, state, tops = self._parse(whole + 'x\n' * begun)
+        n = next((n for n in range(len(tops), 0, -1) if final(state, *tops[n - 1:n + 1])), 0)
         line = tops[n - 1].lines[1] if n else 0
-        start = state.bMarks[line]
-        self._learn(env, notes, line)
-        env = self._env()  # without what is not final yet
+        start, rest = state.bMarks[line], tops[n:]
+        self._learn(env, line)
         changes = [self._close(part, env) for part in tops[:n] if not part.label]
-        if n: self._start([source[start:]])
-        self._blank, self._found, self._fence, self._begun = blank, False, None, True
-        self._search_at = self._size + self._size // (8 if self._size < BLOCK_LIMIT else 2) + 1
-        last = tops[-1] if n + 1 == len(tops) and not tops[-1].label else None
-        if last and last.tokens[0].type == 'fence': self._open_fence(last.tokens[0],
-            state.bMarks[last.lines[0] + 1] - start)
+        if n: self._start(source[start:])
+        self._due, self._search_at = False, self._size + self._size // (8 if self._size < BLOCK_LIMIT else 2) + 1
+        if len(rest) == 1 and not rest[0].label and rest[0].tokens[0].type == 'fence':
+            self._fence, self._code_at = rest[0].tokens[0], state.bMarks[rest[0].lines[0] + 1] - start
         return changes
-
-    def _open_fence(self, token, code_at):
-        """The tail is an open fence: from now on only the line that closes it matters."""
-        length, self._info, self._code_at = len(token.markup), token.info, code_at
-        self._fence = re.compile(f' {{0,3}}{token.markup[0]}{{{length},}}[ \\t]{{0,40}}')
-        self._fence_start = re.compile(f' {{0,3}}{token.markup[0]}*[ \\t]*')
 
     def _close(self, part, env):
         self.work += len(part.source)
@@ -1644,135 +1511,63 @@ class Typesetter:
 
     def finish(self):
         """The text is complete. -> changes: Mends, the last Blocks, an empty Tail."""
-        self._pieces.append('\n' if self._return else '')
-        env, shown = self._env(), self._html
-        _, tops, notes = self._parse(''.join(self._pieces), env)
-        self._learn(env, notes, len(''.join(self._pieces)) + 1)
+        source, shown = ''.join(self._pieces) + normal(self._return), self._html
+        env, _, tops = self._parse(source)
+        self._learn(env, len(source) + 1)
         env = surroundings(self._references, self._notes, {})
-        changes = self._mend(env) + [self._close(part, env) for part in tops if not part.label]
-        for html in notes_section(env):
-            self.blocks.append(html)
-            changes.append(Block(html))
-        self._return = ''
-        self._start([])
-        return changes + ([Tail('')] if shown else [])
-
-    def _mend(self, env):
-        """Write those blocks again that a later definition may have changed. All notes get their numbers here."""
         changes, known = [], len(self._references) + len(self._notes)
-        for n, part, then in self._kept:
+        for n, part, then in self._kept:  # in order: all notes get their numbers here
             if then == known and not part.has('[^'): continue
             self.work += len(part.source)
-            html = write(part, env)
-            if html != self.blocks[n]: changes.append(Mend(n, html))
-            self.blocks[n] = html
-        self._kept = []
-        return changes
-
-    # -- the tail
+            before, self.blocks[n] = self.blocks[n], write(part, env)
+            if self.blocks[n] != before: changes.append(Mend(n, self.blocks[n]))
+        changes += [self._close(part, env) for part in tops if not part.label]
+        section, self._return = notes_section(env), ''
+        self.blocks += section
+        self._start('')
+        return changes + [Block(html) for html in section] + [Tail('')] * bool(shown)
 
     def _set(self, moved=False):
         source, before = ''.join(self._pieces), self.tail
-        self._added, self._shown, self._held = [], self._size, ''
-        self._flat = not self._fence and self._size > BLOCK_LIMIT
+        self._shown, self._added, self._held = self._size, [], ''
         if not source.strip(): self._html = ''
-        elif self._fence: self._html = self._open_code(source[self._code_at:])
-        elif self._flat: self._html = unstyled(source, MARK)
+        elif self._fence:
+            self._html = figure(self._but_end(source[self._code_at:]) + END, unescape(self._fence.info), False)
+        elif self._size > BLOCK_LIMIT: self._html = LONG % (escape(source) + MARK)
         else: self._html = self._sketch(source)
         self._marked = MARK in self._html
         return [Tail(self._html)] if moved or self._html != before else []
 
     def _sketch(self, source):
         """The open block as it would look if it ended well; notes' texts, which show up at the end only, below it."""
-        env = self._env(dict(self._numbers), tail=True)
-        _, tops, notes = self._parse(complete(source), env)
-        for note in notes: env['notes'].setdefault(note.label, note)
-        items = ''.join(f'<li>{write(note, env)}</li>' for note in notes)
+        env, _, tops = self._parse(complete(source), tail=True)
         html = ''.join(write(part, env) for part in tops if not part.label)
-        return html + (f'<section class="notes"><ol>{items}</ol></section>' if items else '')
+        env['numbers'] = {label: env['numbers'].get(label, 1) for label in env['notes'].maps[0]}
+        return html + ''.join(notes_section(env))
 
-    def _open_code(self, code):
-        self._hold()
-        return figure(code[:len(code) - len(self._held)] + END, unescape(self._info), False)
+    def _but_end(self, code):  # more of a fence; what may be its closing line waits for the rest of that line
+        code, self._held = self._held + code, self._line if FENCE_END.fullmatch(self._line) else ''
+        return code.removesuffix(self._held)
 
-    def _code(self, text):
-        """More code, as it is; what may be the closing fence waits for the rest of its line."""
-        text = self._held + text
-        self._hold()
-        text = text[:len(text) - len(self._held)]
-        return self._append(text) if text else []
-
-    def _hold(self): self._held = self._line if self._fence_start.fullmatch(self._line) else ''
-
-    def _append(self, text):
-        self._added.append(text)
-        return [Text(text)]
-
-    # -- what is known
-
-    def _env(self, numbers=None, tail=False):
-        """What the text so far has defined, under a layer for what the tail may define but has not yet."""
-        return surroundings(ChainMap({}, self._references), ChainMap({}, self._notes),
-                            self._numbers if numbers is None else numbers, True, tail)
-
-    def _parse(self, text, env):
+    def _parse(self, text, tail=False):
+        """-> (env, state, tops). What the text so far has defined stands under a layer for what `text` defines."""
         self.work += len(text)
-        return parse(text, env)
+        env = surroundings(ChainMap({}, self._references), ChainMap({}, self._notes),
+                           dict(self._numbers) if tail else self._numbers, True, tail)
+        state, tops, _ = parse(text, env)
+        return env, state, tops
 
-    def _learn(self, env, notes, line):
-        """Keep the definitions above `line`; of several for one label the first counts."""
-        new = {label: link for label, link in env['references'].maps[0].items() if link['map'][0] < line}
-        self._references |= new
-        for note in notes:
-            if note.lines[0] < line: self._notes.setdefault(note.label, note)
-
-
-# %% [markdown]
-# ### What a person wrote, and the colours
-
-# %%
-FENCED = re.compile(r'^ {0,3}(`{3,})([^`\n]*)\n(.*?)(?:^ {0,3}\1`*[ \t]*(?:\n|\Z)|\Z)', re.M | re.S)
-
-
-def said(text):
-    """Pieces of HTML for words as written and for fenced code, with the number of lines of each."""
-    at = 0
-    for found in [*FENCED.finditer(text), None]:
-        words = text[at:found.start() if found else len(text)]
-        for some in re.findall(r'(?:[^\n]+\n?|\n){1,20}', words):
-            yield f'<p class="said">{escape(some, False)}</p>', some.count('\n') + (some[-1] != '\n')
-        if not found: return
-        yield figure(found[3], found[2]), found[0].count('\n')
-        at = found.end()
-
-
-def render_user(text, most=20):
-    """A person's message as it was written: no Markdown but code fences; what goes beyond `most` lines is folded."""
-    shown, folded, lines = '', '', 0
-    for html, count in said(normal(text)):
-        lines += count
-        if folded or shown and lines > most or lines > most + 1: folded += html
-        else: shown += html
-    return shown + (f'<details><summary>All {lines} lines</summary>{folded}</details>' if folded else '')
-
-
-def pygments_css(style, prefix=''):
-    """Rules for the code of one Pygments style, each selector under `prefix`; kinds that look alike share a rule."""
-    alike = {}
-    for kind, look in get_style_by_name(style):
-        name = STANDARD_TYPES.get(kind, '')
-        rule = (f'color:#{look["color"]};' if look['color'] else '') + 'font-weight:600;' * look['bold'] \
-            + 'font-style:italic;' * look['italic']
-        if rule and name not in QUIET: alike.setdefault(rule, []).append(f'{prefix} .code .{name}'.strip())
-    return '\n'.join(f'{",".join(names)}{{{rule[:-1]}}}' for rule, names in alike.items())
-
+    def _learn(self, env, line):  # keep the definitions above `line`; the others are not final yet
+        links, notes = env['references'].maps[0], env['notes'].maps[0]
+        self._references |= {label: link for label, link in links.items() if link['map'][0] < line}
+        self._notes |= {label: note for label, note in notes.items() if note.lines[0] < line}
+        for new in links, notes: new.clear()
 
 # %%
 if NOTEBOOK:
     typesetter = Typesetter()
     for piece in ("**Bold", " words** and", " more.\n\nA second", " block."): print(typesetter.feed(piece))
-    typesetter.finish()
-    print(typesetter.blocks == render("**Bold words** and more.\n\nA second block."))
+    print(typesetter.finish(), typesetter.blocks == render("**Bold words** and more.\n\nA second block."))
 
 # %% [markdown]
 # ## 6 Components
@@ -3031,6 +2826,7 @@ async def fragment(req, conversation_id: str, idx: int):
     "One message by itself, for a bubble that polls."
     message = await parley(req).store.message(owner(req), conversation_id, idx)
     if not message: raise Refused(404, 'There is no such message here.')
+    if not by_htmx(req): return RedirectResponse(f'{show.to(conversation_id=conversation_id)}#msg-{idx}', 303)
     return await bubble(req, message, PollingBubble if message.status == RUNNING else Bubble)
 
 

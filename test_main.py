@@ -682,6 +682,22 @@ def test_retry_after_is_waited_for(faults, upstream):
     assert second.at - first.at >= 2
 
 
+@pytest.mark.parametrize('last, status', [
+    (error('overloaded_error'), 'interrupted'), (b'data: {not json\n\n', 'interrupted'), (b'data: [1]\n\n', 'interrupted'),
+    (event('content_block_delta', index=0, delta={'type': 'text_delta'}), 'interrupted'),
+    (end() + b'data: [DONE]\n\n', 'done'), (end(None), 'interrupted'), (end('martian'), 'done')],
+    ids=['error', 'no json', 'no object', 'no text', 'done twice', 'no reason', 'odd reason'])
+def test_what_came_before_a_fault_in_the_same_read_is_kept_and_asked_for_once(me, upstream, last, status):
+    question = upstream.plays(raw(START + delta('kept'), delta(' words') + last, content_type='text/event-stream'))
+    reply = me.ask(question).ended()
+    assert (reply['content'], reply['status'], len(upstream.called(question))) == ('kept words', status, 1)
+    assert bool(reply['note']) == (last != end() + b'data: [DONE]\n\n')
+
+def test_a_key_that_a_server_quotes_is_not_shown(me, upstream):
+    body = b'{"error": {"type": "invalid_request_error", "message": "the key test was given"}}'
+    reply = me.ask(upstream.plays(raw(body, status=400, content_type='application/json'))).ended()
+    assert reply['status'] == 'failed' and 'was given' in reply['note'] and 'test' not in reply['note']
+
 # ---- Turns: the heart -----------------------------------------------------------------------------------------------
 
 def test_a_reply_outlives_the_tab_that_asked(me, upstream):
@@ -1278,7 +1294,7 @@ def test_a_bubble_can_be_asked_for_by_itself(me, upstream):
     gate = Gate()
     chat = me.ask(upstream.says('half ', gate, 'whole'))
     chat.watch().until('half')
-    def bubble(): return Page(me.get(f'/c/{chat.id}/1').text).root.find('msg-1')
+    def bubble(): return Page(me.get(f'/c/{chat.id}/1', **{'HX-Request': 'true'}).text).root.find('msg-1')
     assert (plain(bubble().find('content-1').text), bubble().attrs['data-status']) == ('half', LIVE)
     gate.open()
     chat.ended()
@@ -2112,7 +2128,7 @@ def clipboard(profile, site, **options):
     view.pasted = lambda: view.page.evaluate('navigator.clipboard.readText()')
     return view
 
-LONG = '''import sqlite3, sys, time
+FILL = '''import sqlite3, sys, time
 db, count = sqlite3.connect(sys.argv[1], timeout=10), int(sys.argv[2])
 first = db.execute('select coalesce(max(id), 0) + 1 from message').fetchone()[0]
 with db:
@@ -2126,7 +2142,7 @@ with db:
 def long(new_site):
     "A site with a conversation of 2,000 messages at /c/long."
     site = new_site()
-    subprocess.run([sys.executable, '-c', LONG, str(site.db), '2000'], check=True, timeout=DEADLINE)
+    subprocess.run([sys.executable, '-c', FILL, str(site.db), '2000'], check=True, timeout=DEADLINE)
     return site
 
 def scrolled(view): return view.page.evaluate('[scrollY, document.documentElement.scrollHeight - innerHeight - scrollY]')
