@@ -10,6 +10,7 @@ SEED=n repeats a run of the chaos and crash tests; n is printed when one of them
 """
 import ast
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -34,14 +35,16 @@ import sys
 import threading
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 import httpx2
 import pytest
 import uvicorn
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from starlette.routing import Mount, Route, WebSocketRoute
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -878,9 +881,9 @@ def spelled(case, most=2_000):
         text = before + unit * min(times, most) + after
     return text.replace('{{LIVE_ID}}', 'composer')
 
-CORPUS = [case for case in json.loads((SOURCE.parent / '.ci' / 'hostile.json').read_text())
-          if case.get('enc') in (None, 'repeat') and spelled(case).strip()
-          and case['where'] in ('model_output', 'message', 'title', 'form_field', 'filename', 'query', 'system_prompt')]
+CORPUS = json.loads((SOURCE.parent / '.ci' / 'hostile.json').read_text())
+SAYINGS = [case for case in CORPUS if case.get('enc') in (None, 'repeat') and spelled(case).strip() and case['where'] in
+           ('model_output', 'message', 'title', 'form_field', 'filename', 'query', 'system_prompt')]
 # Every construct in a few characters; `⏎` is a line end.
 SMALL = [text.replace('⏎', '\n') for text in (
     'a', '[<https://a.b> c](https://d.e)', '[![x](http://a.b/c)](<d@e.f>)', 'a b⏎c', 'a  ⏎b', 'a\\⏎b', '# a',
@@ -1073,7 +1076,7 @@ def test_an_open_fence_grows_by_letters_alone():
     assert [type(change) for change in setter.feed('`\n')] == [main.Block, main.Tail]
 
 
-@pytest.mark.parametrize('case', CORPUS, ids=lambda case: case['id'])
+@pytest.mark.parametrize('case', SAYINGS, ids=lambda case: case['id'])
 def test_hostile_text_is_harmless(case):
     payload, setter = spelled(case), main.Typesetter()
     for piece in pieces(payload, random.Random(SEED), max(7, len(payload) // 50)):
@@ -1166,7 +1169,7 @@ def test_text_is_stored_exactly_and_shown_as_text(me, upstream, text):
     assert not page.all(lambda n: n.attrs.get('onload') or n.tag == 'script' and not n.attrs.get('src'))
     assert len(page.all(lambda n: n.attrs.get('id') == 'content-1')) == 1
 
-@pytest.mark.parametrize('case', CORPUS, ids=lambda case: case['id'])
+@pytest.mark.parametrize('case', SAYINGS, ids=lambda case: case['id'])
 def test_the_corpus_is_text_as_a_question_as_a_title_and_as_an_answer(me, upstream, case):
     text = spelled(case)
     upstream.plans[text] = [says(*pieces(text, random.Random(SEED), max(9, len(text) // 20)))]
@@ -1247,6 +1250,779 @@ def test_every_page_carries_a_strict_policy_and_names_no_other_host(me, path):
     assert not page.all(lambda n: any(a.startswith('on') or a.startswith('hx-on') or a == 'style' for a in n.attrs))
     links = [n.attrs[a] for n in page.walk() for a in ('src', 'href', 'action', 'content') if n.attrs.get(a)]
     assert not [link for link in links if re.match(r'(https?:)?//', link) and not link.startswith(me.url)]
+
+
+PASSWORD = 'correct horse battery'
+MANY = {'logins_per_address': 100_000, 'logins_overall': 100_000}
+
+
+@pytest.fixture(scope='module')
+def house(new_site): return new_site(app_password=PASSWORD, **MANY)
+
+@pytest.fixture
+def stranger(house): return house.person()
+
+@pytest.fixture
+def owner(house): return signed_in(house)
+
+def sign_in(person, password=PASSWORD, **form): return person.post('/login', htmx=False, password=password, **form)
+
+def signed_in(house):
+    person = house.person()
+    assert sign_in(person).status_code == 303
+    return person
+
+def may_enter(person): return person.get('/').status_code == 200
+
+@contextlib.contextmanager
+def clock(house, seconds):
+    "The wall clock jumps."
+    house.door.clock = lambda: time.time() + seconds
+    yield
+    house.door.clock = time.time
+
+
+# ---- Settings: nobody by accident -----------------------------------------------------------------------------------
+
+OPEN_HOST = {'HOST': '127.0.0.2'}       # not the loopback's own name, so to Parley it is the open net; to us it is not
+HASHED = main.scrypt(PASSWORD.encode(), bytes(16), log_n=4)
+
+@pytest.mark.parametrize('env, names', [
+    (OPEN_HOST, 'APP_PASSWORD HOST'), ({'HOST': '0.0.0.0'}, 'APP_PASSWORD HOST'), ({'HOST': '::'}, 'APP_PASSWORD'),
+    ({'HOST': '192.0.2.7'}, 'APP_PASSWORD'), ({**OPEN_HOST, 'APP_PASSWORD': ''}, 'APP_PASSWORD'),
+    ({**OPEN_HOST, 'APP_PASSWORD': ' ' * 20}, 'APP_PASSWORD'), ({**OPEN_HOST, 'APP_PASSWORD': 'canary'},
+        'APP_PASSWORD'),
+    ({'APP_PASSWORD': 'canary'}, 'APP_PASSWORD'), ({'FLY_APP_NAME': 'x'}, 'APP_PASSWORD'),
+    ({'APP_PASSWORD_HASH': 'canary'}, 'APP_PASSWORD_HASH'), ({'TRUSTED_PROXIES': 'canary'}, 'TRUSTED_PROXIES'),
+    ({'APP_PASSWORD': PASSWORD, 'APP_PASSWORD_HASH': HASHED}, 'APP_PASSWORD_HASH'),
+    ({'APP_PASSWORD': 'canary\x1bcanary'}, 'APP_PASSWORD'), ({'SESSION_DAYS': 'nan'}, 'SESSION_DAYS')])
+def test_a_start_that_would_be_open_ends_in_one_line_that_says_what_to_set(tmp_path, env, names):
+    server = Server(tmp_path, **env)
+    assert server.exit() not in (0, None)
+    (line,) = server.log.read_text().strip().splitlines()
+    assert all(name in line for name in names.split()) and 'canary' not in line and not (tmp_path / 'data').exists()
+
+def test_a_start_that_would_be_open_is_refused_at_once(tmp_path):
+    began = time.monotonic()
+    env = {'PATH': os.environ['PATH'], 'HOST': '0.0.0.0', 'PORT': '0'}
+    ended = subprocess.run([sys.executable, SOURCE], cwd=tmp_path, env=env, capture_output=True, timeout=DEADLINE)
+    assert ended.returncode and b'APP_PASSWORD' in ended.stderr and time.monotonic() - began < 2
+
+@pytest.mark.parametrize('env', [{'APP_PASSWORD': f' {PASSWORD}\n'}, {'APP_PASSWORD_HASH': f'{HASHED}\n'},
+                                 {'APP_PASSWORD': PASSWORD, 'FLY_APP_NAME': 'x'}])
+def test_with_a_password_it_starts(env): assert main.Settings.read({'HOST': '0.0.0.0', **env}).locked
+
+def test_settings_do_not_print_the_password():
+    shown = [repr(main.Settings.read({name: value})) for name, value in
+             [('APP_PASSWORD', PASSWORD), ('APP_PASSWORD_HASH', HASHED)]]
+    assert not [text for text in shown if PASSWORD in text or HASHED in text]
+
+def hashed(password):
+    return subprocess.run([sys.executable, SOURCE, 'hash'], input=password, capture_output=True, text=True,
+                          timeout=DEADLINE, cwd=SOURCE.parent)
+
+def test_a_hash_made_on_the_command_line_opens_the_door(new_site):
+    made = hashed(PASSWORD + '\n')
+    kept = made.stdout.strip()
+    assert kept.startswith('scrypt:15:8:3:') and made.returncode == 0 and PASSWORD not in made.stdout + made.stderr
+    house = new_site(app_password_hash=kept)
+    assert sign_in(house.person()).status_code == 303 and sign_in(house.person(), 'wrong').status_code == 401
+    assert hashed('short\n').returncode not in (0, None) and hashed('').returncode
+
+
+# ---- Door: one lock for every way in --------------------------------------------------------------------------------
+
+LIST = {'/login', '/healthz', '/assets/{file}'}      # the open ones; a new route is guarded, or it is added here
+
+def every_route(house):
+    for route in house.door.state.parley.door.app.app.routes:
+        assert isinstance(route, (Route, WebSocketRoute)) and not isinstance(route, Mount), route
+        yield route, re.sub(r'{\w+(:\w+)?}', '1', route.path)
+
+def test_every_route_is_guarded_or_on_the_short_list_of_open_ones(house, stranger):
+    walked = set()
+    for route, path in every_route(house):
+        walked.add(route.path)
+        if isinstance(route, WebSocketRoute):
+            with pytest.raises(InvalidStatus) as refused: stranger.socket(path)
+            assert refused.value.response.status_code == 403
+            continue
+        for method in {'GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'OPTIONS', 'HEAD', *route.methods}:
+            answer = stranger.http.request(method, path)
+            allowed = {200, 401, 404, 405} if route.path in LIST else {303, 401}
+            assert answer.status_code in allowed, (method, path, answer.status_code)
+    assert {'/', '/c/{conversation_id}', '/c/{conversation_id}.json', '/ws/chat/{conversation_id}/{msg_idx}'} <= walked
+
+def test_what_a_stranger_gets_holds_nothing_of_anybody(house, owner, stranger):
+    chat = owner.ask('canary of a question')
+    for path in ('', '.json', '.md', '/0', '/0.md', '/1'):
+        for headers in ({}, {'HX-Request': 'true'}, {'Accept': 'application/json'}, {'Sec-Fetch-Mode': 'cors'}):
+            answer = stranger.get(f'/c/{chat.id}{path}', **headers)
+            assert answer.status_code in (303, 401) and 'canary' not in answer.text
+    login = stranger.get('/login').text + stranger.post('/', htmx=False).text
+    assert chat.id not in login and 'canary' not in login and 'claude' not in login.lower()
+
+@pytest.mark.parametrize('path', ['/login/', '/login/x', '//login', '/Login', '/%6cogin/../', '/assets/',
+    '/assets/../c/1',
+                                  '/assets/x/y', '/healthz/', '/healthz;x', '/login%00', '/login\u0085', '/c/x/login'])
+def test_what_only_looks_like_an_open_path_is_closed(stranger, path):
+    assert stranger.get(path).status_code in (303, 401)
+
+HOSTS = ['evil.invalid', 'localhost.evil.invalid', '127.0.0.1.nip.io', '127.0.0.1@evil', '', '127.1', '0x7f.1',
+    '0.0.0.0',
+         'localhost:x', '[::1', 'localhost,evil.invalid', '127.0.0.1:80:80', 'xn--localhost', ' evil', 'localhost evil']
+
+def asked_raw(url, *lines, more=b''):
+    "One request to the letter; the status line that came back, '' when the connection was just closed."
+    port = urlsplit(url).port
+    with socket.create_connection(('127.0.0.1', port), DEADLINE) as wire:
+        wire.settimeout(DEADLINE)
+        wire.sendall(b'\r\n'.join(line.encode('latin-1') if isinstance(line, str) else line for line in lines)
+                     + b'\r\n\r\n' + more)
+        with contextlib.suppress(ConnectionResetError): return wire.recv(65536).decode('latin-1')
+    return ''
+
+SOCKET = ('Upgrade: websocket', 'Connection: Upgrade', 'Sec-WebSocket-Version: 13',
+          'Sec-WebSocket-Key: ' + base64.b64encode(bytes(16)).decode())
+
+@pytest.mark.parametrize('host', HOSTS)
+def test_another_name_is_not_served_for_pages_and_sockets_alike(site, host):
+    assert ' 400 ' in asked_raw(site.url, 'GET / HTTP/1.1', f'Host: {host}')
+    answer = asked_raw(site.url, 'GET /ws/chat/x/1 HTTP/1.1', f'Host: {host}', f'Origin: http://{host}', *SOCKET)
+    assert re.match(r'HTTP/1.1 40[03] ', answer), answer
+
+@pytest.mark.parametrize('hosts', [[], ['127.0.0.1', 'evil.invalid'], ['evil.invalid', '127.0.0.1']])
+def test_one_host_header_not_none_and_not_two(site, hosts):
+    assert ' 400 ' in asked_raw(site.url, 'GET / HTTP/1.1', *[f'Host: {host}' for host in hosts])
+
+@pytest.mark.parametrize('host', ['localhost', '127.0.0.1:1', '[::1]:5001', 'LOCALHOST'])
+def test_the_names_of_the_loopback_are_served(site, host): assert ' 200 ' in asked_raw(site.url, 'GET / HTTP/1.1',
+    f'Host: {host}')
+
+def test_names_that_are_allowed_are_served(new_site):
+    house = new_site(app_password=PASSWORD, allowed_hosts='a.example, B.example', fly_app_name='mine', host='0.0.0.0')
+    for host, is_ours in {'a.example': 1, 'b.example:443': 1, 'mine.fly.dev': 1, 'c.example': 0, 'fly.dev': 0}.items():
+        assert (' 303 ' if is_ours else ' 400 ') in asked_raw(house.url, 'GET / HTTP/1.1', f'Host: {host}')
+    assert ' 200 ' in asked_raw(house.url, 'GET /healthz HTTP/1.1', 'Host: 10.1.2.3')     # a checker knows no name
+
+PORT = 'http://127.0.0.1:1'
+
+@pytest.mark.parametrize('headers, status', [
+    ({'Origin': None}, 403), ({'Origin': 'null'}, 403), ({'Origin': PORT}, 403), ({'Origin': 'https://evil.invalid'},
+        403),
+    ({'Origin': '{url}.evil.invalid'}, 403), ({'Origin': '{url}/'}, 403), ({'Origin': 'ftp{url}'}, 403),
+    ({'Sec-Fetch-Site': 'cross-site'}, 403), ({'Sec-Fetch-Site': 'same-site'}, 403), ({'Sec-Fetch-Site': 'none'}, 403),
+    ({'Sec-Fetch-Site': ''}, 403), ({'Sec-Fetch-Site': 'same-origin', 'Origin': None}, 422), ({}, 422)])
+def test_only_a_page_of_ours_may_post(site, headers, status):
+    headers = {'Origin': '{url}', **headers}
+    sent = {name: value.replace('{url}', site.url) for name, value in headers.items() if value is not None}
+    assert httpx.post(site.url + '/', headers=sent, data={'message': ' '}, trust_env=False).status_code == status
+
+@pytest.mark.parametrize('origins', [[], ['null'], [PORT], ['{url}', '{url}'], ['{url}', PORT],
+    ['http://{host}.evil.invalid'],
+                                     ['http://localhost:1'], ['{url}/x'], ['file://']])
+def test_only_a_page_of_ours_may_listen(site, origins):
+    host = urlsplit(site.url).netloc
+    lines = [f'Origin: {origin}'.replace('{url}', site.url).replace('{host}', host) for origin in origins]
+    answer = asked_raw(site.url, 'GET /ws/chat/x/1 HTTP/1.1', f'Host: {host}', *lines, *SOCKET)
+    assert re.match('HTTP/1.1 40[03] ', answer), answer
+
+@pytest.mark.parametrize('method', ['GET', 'HEAD', 'PUT', 'PATCH', 'DELETE', 'OPTIONS', 'TRACE', 'FOO'])
+def test_nothing_changes_but_by_post(me, upstream, method):
+    chat = me.ask(upstream.says('half ', HANG))
+    for path in ('/stop', '/retry', ''):
+        answer = me.http.request(method, f'/c/{chat.id}{path}', headers={'X-HTTP-Method-Override': 'POST'})
+        assert answer.status_code in ((200,) if not path and method in ('GET', 'HEAD') else (400, 404, 405))
+    assert chat.reply['status'] == 'streaming' and me.http.request(method, '/logout').status_code in (400, 404, 405)
+    chat.stop()
+
+
+# ---- Door: signing in -----------------------------------------------------------------------------------------------
+
+def cookie_of(answer): return answer.headers['set-cookie']
+
+def test_one_signs_in_without_a_script_and_goes_on_where_one_was_going(stranger, owner):
+    chat = owner.ask('hello')
+    sent_away = stranger.get(f'/c/{chat.id}?before=1')
+    assert sent_away.status_code == 303
+    page = Page(stranger.get(sent_away.headers['location']).text).root
+    (form,) = page.all(lambda n: n.tag == 'form')
+    fields = {n.attrs['name']: n.attrs.get('value') for n in form.all(lambda n: n.tag == 'input')}
+    assert (form.attrs['method'], form.attrs['action']) == ('post', '/login')
+    assert not page.all(lambda n: n.tag == 'script' or any(name.startswith(('on', 'hx-')) for name in n.attrs))
+    answer = stranger.post(form.attrs['action'], htmx=False, **{**fields, 'password': PASSWORD})
+    assert (answer.status_code, answer.headers['location']) == (303, f'/c/{chat.id}?before=1')
+    assert stranger.get(f'/c/{chat.id}').status_code == 200
+    assert stranger.get('/login?next=/c/x').headers['location'] == '/c/x'
+
+@pytest.mark.parametrize('typed', ['two\nlines & <b>"quotes"</b>', '\n starts with a line', 'é👩‍👩‍👧 \u202e',
+    'x' * 150_000])
+def test_a_message_typed_after_the_session_ended_is_not_lost(stranger, typed):
+    refused = stranger.post('/c/some-id', htmx=False, message=typed, key='k')
+    assert refused.status_code == 401 and kept_in(refused) == typed
+    wrong = sign_in(stranger, 'wrong', message=kept_in(refused), next='/c/some-id')
+    assert wrong.status_code == 401 and kept_in(wrong) == typed
+    right = sign_in(stranger, message=kept_in(wrong), next='/c/some-id')
+    assert right.status_code == 200 and kept_in(right) == typed and may_enter(stranger)
+    composer = Page(right.text).root.find('composer')
+    assert composer.attrs['action'] == composer.attrs['hx-post'] == '/c/some-id'
+
+def kept_in(answer):
+    "The text in the form, as a browser reads it: one line feed after the tag is not part of it."
+    (area,) = Page(answer.text).root.all(lambda n: n.attrs.get('name') == 'message')
+    return area.text.removeprefix('\n')
+
+def test_htmx_is_led_to_the_login_and_back_to_the_page_it_was_on(stranger):
+    for path in ('/c/abc', '/c/abc/stop', '/c/abc/1', '/'):
+        answer = stranger.post(path, headers={'HX-Current-URL': stranger.url + '/c/abc?x=1'}, message='typed')
+        assert (answer.status_code, answer.headers['hx-redirect']) == (401, '/login?next=%2Fc%2Fabc')
+        assert stranger.get(path, **{'HX-Request': 'true', 'HX-Current-URL': 'javascript:x'}).status_code == 401
+
+@pytest.mark.parametrize('place', [
+    '//evil.invalid', '/\\evil.invalid', '\\\\evil.invalid', 'https://evil.invalid', 'https:evil.invalid',
+        'evil.invalid',
+    'javascript:window.__pwn=1', '/\t/evil.invalid', '/\n/evil.invalid', ' //evil.invalid', '/ok\r\nSet-Cookie: x=1',
+    '/a\\b', '/\u2028', '', '/' + 'a' * 3000, *[case['payload'].partition('next=')[2] for case in CORPUS
+                                                if case['where'] == 'query' and 'next=' in case['payload']]])
+def test_the_way_on_never_leads_to_another_site(stranger, place):
+    shown = Page(stranger.get('/login?next=' + quote(place)).text).root
+    (kept,) = [n.attrs['value'] for n in shown.all(lambda n: n.attrs.get('name') == 'next')]
+    answer = sign_in(stranger, next=place)
+    ways = [kept, answer.headers['location']] if answer.status_code == 303 else [kept]
+    assert answer.status_code in (303, 413) and all(re.match(r'/(?![/\\])[!-~]*$', way) and '\\' not in way
+        for way in ways)
+
+def test_a_session_cookie_is_only_for_this_server_and_not_for_scripts(house, stranger):
+    cookie = cookie_of(sign_in(stranger))
+    name, *flags = cookie.replace('; ', ';').split(';')
+    assert name.startswith(f'parley-{house.settings.port}=') and len(name.partition('=')[2]) >= 43
+    assert {'HttpOnly', 'Path=/'} < set(flags) and 'samesite=lax' in cookie.lower() and 'domain' not in cookie.lower()
+    assert 'secure' not in cookie.lower()
+
+def test_behind_https_the_cookie_is_bound_to_the_host_and_only_a_proxy_that_is_trusted_says_so(new_site):
+    spoof = {'X-Forwarded-Proto': 'https', 'X-Forwarded-For': '6.6.6.6'}
+    plain_house = new_site(app_password=PASSWORD, **MANY)
+    answer = plain_house.person().post('/login', False, spoof, password=PASSWORD)
+    assert 'ecure' not in cookie_of(answer) and 'strict-transport-security' not in answer.headers
+    house = new_site(app_password=PASSWORD, trusted_proxies='10.0.0.0/8, 127.0.0.1', **MANY)
+    me, secure = house.person(), house.url.replace('http', 'https')
+    assert me.post('/login', False, spoof, password=PASSWORD).status_code == 403           # http is another origin now
+    answer = me.post('/login', False, {**spoof, 'Origin': secure}, password=PASSWORD)
+    assert cookie_of(answer).startswith('__Host-parley-') and '; Secure' in cookie_of(answer)
+    assert 'max-age=' in answer.headers['strict-transport-security']
+    name, value = cookie_of(answer).split(';')[0].split('=', 1)
+    assert me.get('/', Cookie=f'{name}={value}', **spoof).status_code == 200
+    assert me.get('/', Cookie=f'{name.removeprefix("__Host-")}={value}', **spoof).status_code == 303
+
+def test_no_cookie_is_set_or_needed_where_there_is_no_password(me):
+    assert me.get('/').status_code == 200 and 'set-cookie' not in me.get('/').headers
+    assert me.get('/login').headers['location'] == '/' and 'logout' not in me.get('/').text
+
+@pytest.mark.parametrize('password', ['', ' ', 'wrong', PASSWORD[:-1], PASSWORD + 'x', PASSWORD.upper(),
+    PASSWORD + '\0',
+                                      'x' * 1025, '\ud7ff' * 1000, 'é' * 1024])
+def test_any_other_password_is_refused(stranger, password):
+    answer = sign_in(stranger, password)
+    assert answer.status_code in (401, 413) and 'set-cookie' not in answer.headers and not may_enter(stranger)
+    assert not password.strip() or password not in answer.text
+
+@pytest.mark.parametrize('kind, body', [
+    ('application/json', json.dumps({'password': {'$ne': 1}})), ('application/json',
+        json.dumps({'password': PASSWORD})),
+    ('application/x-www-form-urlencoded', f'password[]={quote(PASSWORD)}'), ('text/plain', f'password={PASSWORD}x'),
+    ('application/x-www-form-urlencoded', f'password={quote(PASSWORD)}&password=wrong'),
+    ('application/x-www-form-urlencoded', b'password=\xff'), ('multipart/form-data', 'x'),
+    ('multipart/form-data; boundary=', 'x'), ('application/x-www-form-urlencoded', 'a=1&' * 500_000),
+    ('application/x-www-form-urlencoded', 'a;' * 400_000), ('application/json', '[' * 100_000)])
+def test_a_login_of_another_shape_is_refused(stranger, kind, body):
+    asked = time.monotonic()
+    answer = stranger.http.post('/login', content=body, headers={'Content-Type': kind})
+    assert answer.status_code in (400, 401, 413, 415, 422) and not may_enter(stranger) and time.monotonic() - asked < 2
+
+@pytest.mark.parametrize('typed', ['caf\u00e9 au lait bon', 'cafe\u0301 au lait bon', ' caf\u00e9 au lait bon\n'])
+def test_a_password_is_the_same_however_its_accents_are_typed(new_site, typed):
+    house = new_site(app_password=main.Settings.read({'APP_PASSWORD': 'cafe\u0301 au lait bon'}).app_password)
+    assert sign_in(house.person(), typed).status_code == 303
+
+def test_attempts_are_slowed_per_address_whatever_a_stranger_claims_to_be(new_site):
+    house = new_site(app_password=PASSWORD, logins_per_address=3, logins_overall=100)
+    owner, stranger = signed_in(house), house.person()
+    told = [stranger.post('/login', False, {'X-Forwarded-For': f'1.2.3.{n}', 'Fly-Client-IP': f'9.9.9.{n}'},
+                          password='wrong') for n in range(6)]
+    assert [answer.status_code for answer in told] == [401] * 3 + [429] * 3 and int(told[-1].headers['retry-after']) > 0
+    assert sign_in(stranger).text == told[-1].text and sign_in(stranger).status_code == 429
+    assert may_enter(owner)         # who is in stays in
+
+def test_attempts_are_slowed_overall_too(new_site):
+    house = new_site(app_password=PASSWORD, logins_per_address=3, logins_overall=7, trusted_proxies='127.0.0.1')
+    told = [house.person().post('/login', False, {'X-Forwarded-For': f'1.2.3.{n}'}, password='wrong').status_code
+            for n in range(9)]
+    assert told == [401] * 7 + [429] * 2
+
+def test_attempts_at_the_same_time_count_too_and_the_right_one_is_not_counted(new_site):
+    kept = main.scrypt(PASSWORD.encode(), bytes(16), log_n=10)
+    house = new_site(app_password_hash=kept, logins_per_address=5, logins_overall=100)
+    for _ in range(9): signed_in(house)
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        told = list(pool.map(lambda _: sign_in(house.person(), 'wrong').status_code, range(20)))
+    assert sorted(told) == [401] * 5 + [429] * 15
+
+def test_guessing_does_not_slow_others(new_site, upstream):
+    "L-10 in small: the work of a hash is done in a thread, one at a time."
+    house = new_site(app_password_hash=main.scrypt(PASSWORD.encode(), bytes(16), log_n=14), **MANY)
+    owner = signed_in(house)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        guesses = [pool.submit(sign_in, house.person(), 'wrong') for _ in range(4)]
+        slowest = 0
+        while not all(guess.done() for guess in guesses):
+            asked = time.monotonic()
+            assert owner.get('/').status_code == 200
+            slowest = max(slowest, time.monotonic() - asked)
+    assert slowest < 1 and {guess.result().status_code for guess in guesses} == {401}
+
+
+# ---- Door: sessions -------------------------------------------------------------------------------------------------
+
+def test_a_new_session_begins_at_every_login_and_ends_the_one_before(house, owner):
+    before = dict(owner.http.cookies)
+    assert sign_in(owner).status_code == 303 and dict(owner.http.cookies) != before and may_enter(owner)
+    other = house.person()
+    other.http.cookies.update(before)
+    assert not may_enter(other)
+
+def test_a_cookie_fixed_before_the_login_opens_nothing_after_it(house, stranger):
+    name = f'parley-{house.settings.port}'
+    stranger.http.cookies.set(name, 'fixed')
+    fresh = cookie_of(sign_in(stranger))
+    assert 'fixed' not in fresh and house.person().get('/', Cookie=f'{name}=fixed').status_code == 303
+
+@pytest.mark.parametrize('cookie', ['', 'x', '"', 'x' * 5000, '\xff', '=;=', 'a=b; a=c', '%00', '../../x'])
+def test_a_cookie_that_is_none_of_ours_is_a_stranger(house, stranger, cookie):
+    headers = {'Cookie': f'parley-{house.settings.port}={cookie}'.encode('latin-1')}
+    assert stranger.http.get('/', headers=headers).status_code == 303
+
+def test_signing_out_ends_the_session_on_the_server(house, owner):
+    other, copy = signed_in(house), house.person()
+    copy.http.cookies.update(owner.http.cookies)
+    answer = owner.post('/logout', htmx=False)
+    assert (answer.status_code, answer.headers['location']) == (303, '/login') and 'Max-Age=0' in cookie_of(answer)
+    assert not may_enter(copy) and may_enter(other)
+
+def test_signing_out_everywhere_ends_all_sessions(house, owner):
+    other = signed_in(house)
+    owner.post('/logout', htmx=False, everywhere='1')
+    assert not may_enter(owner) and not may_enter(other) and may_enter(signed_in(house))
+
+@pytest.mark.parametrize('how', ['here', 'everywhere', 'login again', 'time'])
+def test_a_socket_closes_within_a_second_when_its_session_ends(new_site, upstream, how):
+    house = new_site(app_password=PASSWORD, **MANY, **({'session_days': 2 / 86_400} if how == 'time' else {}))
+    owner, other = signed_in(house), signed_in(house)
+    chat = owner.ask(upstream.says('half ', HANG))
+    tabs, foreign = [chat.watch().until('half') for _ in range(3)], Tab(Chat(other, chat.id, ''), chat.page())
+    foreign.until('half')
+    began = time.monotonic()
+    if how == 'login again': sign_in(owner)
+    elif how != 'time': owner.post('/logout', htmx=False, **({'everywhere': '1'} if how == 'everywhere' else {}))
+    assert [tab.ends().code for tab in tabs] == [4401] * 3 and time.monotonic() - began < (3 if how == 'time' else 1)
+    if how in ('here', 'login again'):
+        other.post(f'/c/{chat.id}/stop')
+        assert foreign.ends().code == 1000
+    else: assert foreign.ends().code == 4401
+
+def test_sessions_end_unseen_and_at_last_and_a_jump_of_the_clock_back_ends_none(house, owner):
+    for days, is_in in [(29, True), (58, True), (87, True), (89.9, True), (91, False)]:     # seen, and so renewed
+        with clock(house, days * 86_400): assert may_enter(owner) == is_in, days
+    for days in (0, -0.04, -400):
+        with clock(house, days * 86_400): assert may_enter(owner), days
+    other = signed_in(house)
+    with clock(house, 31 * 86_400): assert not may_enter(other)
+    with clock(house, -3600): assert may_enter(other) and may_enter(signed_in(house))
+
+def test_a_session_that_ends_just_when_it_was_seen_stays_ended(house, owner):
+    name = f'parley-{house.settings.port}'
+    id = house.door.sign('session', dict(owner.http.cookies)[name])
+    with clock(house, 3600): owner.post('/logout', htmx=False)
+    assert may_enter(signed_in(house))      # a write later than both
+    assert not rows(house.db, f"select * from session where id = '{id}'")
+
+def test_sessions_outlive_a_restart_but_not_another_password_or_secret(new_site, tmp_path):
+    me, jar = None, {}
+    for change, is_in in [({}, None), ({}, True), ({'app_password': PASSWORD + '!'}, False), ({}, False)]:
+        house = new_site(tmp_path, **{'app_password': PASSWORD, 'port': 5999, **MANY, **change})
+        me = house.person()
+        if is_in is None: jar = dict(signed_in(house).http.cookies)
+        me.http.cookies.update(jar)
+        assert is_in is None or may_enter(me) == is_in
+        house.stop()
+    house = new_site(tmp_path, app_password=PASSWORD, port=5999)
+    jar = dict(signed_in(house).http.cookies)
+    house.stop()
+    house = new_site(tmp_path, app_password=PASSWORD, port=5999, session_secret='another')      # FI-33
+    me = house.person()
+    me.http.cookies.update(jar)
+    assert me.get('/').status_code == 303 and me.get('/login').status_code == 200
+
+def test_the_database_lets_nobody_in(house, owner):
+    token = dict(owner.http.cookies)[f'parley-{house.settings.port}']
+    stored = ''.join(path.read_bytes().decode('latin-1') for path in house.db.parent.iterdir() if path.is_file())
+    assert token not in stored and PASSWORD not in stored
+    for (id,) in rows(house.db, 'select id from session'):
+        assert house.person().get('/', Cookie=f'parley-{house.settings.port}={id}').status_code == 303
+
+def test_a_person_has_a_hundred_sessions_at_most(new_site):
+    house = new_site(app_password=PASSWORD, **MANY)
+    first = signed_in(house)
+    for _ in range(101): signed_in(house)
+    assert not may_enter(first) and rows(house.db, 'select count(*) from session')[0][0] <= 101
+
+class Comings(RuleBasedStateMachine):
+    "Browsers sign in and out, write, watch and stop in any order; who is in is only who should be."
+    house = upstream = None
+    browsers = Bundle('browsers')
+
+    @initialize()
+    def begin(self): self.inside, self.tabs, self.all = set(), {}, []
+
+    @rule(target=browsers)
+    def opens(self):
+        self.all.append(self.house.person())
+        return len(self.all) - 1
+
+    @rule(who=browsers, right=st.booleans())
+    def signs_in(self, who, right):
+        had = dict(self.all[who].http.cookies)
+        assert sign_in(self.all[who], PASSWORD if right else 'wrong').status_code == (303 if right else 401)
+        if right:
+            assert dict(self.all[who].http.cookies) != had
+            self.closed(who)
+            self.inside.add(who)
+
+    @rule(who=browsers, everywhere=st.booleans())
+    def signs_out(self, who, everywhere):
+        answer = self.all[who].post('/logout', htmx=False, **({'everywhere': '1'} if everywhere else {}))
+        assert answer.status_code == (303 if who in self.inside else 401)
+        for one in [*self.inside] if everywhere and who in self.inside else [who]:
+            self.closed(one)
+            self.inside.discard(one)
+
+    @rule(who=browsers)
+    def asks(self, who):
+        if who not in self.inside: return self.outside(self.all[who].post('/', message='no'))
+        chat = self.all[who].ask(self.upstream.says('half ', HANG))
+        self.tabs.setdefault(who, []).append((chat, chat.watch().until('half')))
+
+    @rule(who=browsers)
+    def stops(self, who):
+        for chat, tab in self.tabs.pop(who, []):
+            assert chat.stop().status_code == 204 and tab.ends().code == 1000 and tab.status == 'stopped'
+
+    def closed(self, who):
+        for _, tab in self.tabs.pop(who, []): assert tab.ends().code == 4401
+
+    def outside(self, answer): assert answer.status_code == 401 and answer.headers['hx-redirect'].startswith('/login')
+
+    @invariant()
+    def only_who_should_be_is_in(self):
+        for who, browser in enumerate(getattr(self, 'all', [])): assert may_enter(browser) == (who in self.inside)
+
+    def teardown(self):
+        for turn in list(self.house.door.state.parley.turns.running.values()):
+            if self.inside: self.all[min(self.inside)].post(f'/c/{turn.reply.conversation}/stop')
+
+def test_any_order_of_coming_and_going(house, upstream):
+    Comings.house, Comings.upstream = house, upstream
+    run_state_machine_as_test(Comings, settings=settings(
+        max_examples=12, stateful_step_count=15, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck)))
+
+
+# ---- Door: limits, headers, secrets, logs ---------------------------------------------------------------------------
+
+def test_a_limit_answers_in_words_and_the_text_is_kept(new_site, upstream):
+    house = new_site(messages_per_hour=4, conversations_per_hour=2, replies_per_person=2, sockets_per_person=2)
+    me = house.person()
+    chats = [me.ask(upstream.says('half ', HANG)) for _ in range(2)]
+    refused = [me.post('/', htmx, message='kept text') for htmx in (True, False)]            # two replies run
+    assert [answer.status_code for answer in refused] == [429] * 2 and kept_in(refused[1]) == 'kept text'
+    assert a_sentence(refused[0]) and int(refused[0].headers['retry-after']) > 0
+    tabs = [chats[0].watch().until('half') for _ in range(2)]
+    with pytest.raises(InvalidStatus) as no: chats[1].watch()
+    assert no.value.response.status_code == 403
+    for chat in chats: chat.stop()
+    assert [tab.ends().code for tab in tabs] == [1000] * 2
+    refused = me.post('/', message='third conversation')
+    assert refused.status_code == 429 and 'conversations' in refused.text and int(refused.headers['retry-after']) > 3000
+    for _ in range(2): chats[0].say('again').ended()
+    assert chats[0].post(message='fifth').status_code == 429 and chats[0].post('/retry').status_code == 429
+    assert len(chats[0].messages) == 6
+
+def test_many_sends_at_once_do_not_slip_past_a_limit(new_site, upstream):
+    house = new_site(replies_per_person=3)
+    questions = [upstream.says('half ', HANG) for _ in range(12)]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        told = list(pool.map(lambda q: house.person().post('/', message=q).status_code, questions))
+    assert sorted(told) == [200] * 3 + [429] * 9
+
+def test_bodies_are_refused_before_they_are_read(site, house):
+    for url in (site.url, house.url):
+        for path in ('/', '/login', '/c/x'):
+            head = (f'POST {path} HTTP/1.1', f'Host: {urlsplit(url).netloc}', f'Origin: {url}',
+                    'Content-Type: application/x-www-form-urlencoded')
+            answer = asked_raw(url, *head, 'Content-Length: 400000000')
+            assert ' 413 ' in answer.splitlines()[0] and 'nosniff' in answer and re.search('[a-z]+ [a-z]+ [a-z]+',
+                answer)
+            answer = asked_raw(url, *head, 'Transfer-Encoding: chunked',
+                more=b'100000\r\n' + b'x' * 2**20 + b'\r\n' * 1 + b'0\r\n\r\n')
+            assert re.match(r'HTTP/1.1 (200|4\d\d) ', answer)
+
+@pytest.mark.parametrize('length', ['-1', '1e9', '+5', '0x10', '9' * 30, 'x'])
+def test_a_length_that_is_no_length_is_refused(site, length):
+    answer = asked_raw(site.url, 'POST / HTTP/1.1', 'Host: localhost', 'Origin: http://localhost',
+        f'Content-Length: {length}')
+    assert re.match(r'HTTP/1.1 4(00|13) ', answer), answer
+
+def test_an_endless_body_ends(start):
+    server = start(MAX_BODY_BYTES='100000')
+    before = server.memory()
+    with socket.create_connection(('127.0.0.1', server.port), DEADLINE) as wire:
+        wire.sendall(b'POST / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\n'
+                     b'Transfer-Encoding: chunked\r\n\r\n')
+        with contextlib.suppress(OSError):
+            for _ in range(300): wire.sendall(b'20000\r\n' + b'x' * 0x20000 + b'\r\n')
+    assert server.memory() - before < 32e6 and server.person().get('/healthz').status_code == 200
+
+@pytest.mark.parametrize('field', [{'key': 'k' * 5000}, {'next': '/' + 'x' * 5000}, {str(n): 'x' for n in range(30)}])
+def test_a_field_that_is_too_much_is_refused(me, field):
+    answer = me.post('/', message='hello', **field)
+    assert answer.status_code in (413, 422) and a_sentence(answer)
+
+def test_a_head_must_end_and_in_time(new_site):
+    site = new_site(header_seconds=.3)
+    host = f'Host: {urlsplit(site.url).netloc}'
+    assert ' 400 ' in asked_raw(site.url, 'GET / HTTP/1.1', host, 'X-Big: ' + 'a' * 70_000).splitlines()[0]
+    assert ' 400 ' in asked_raw(site.url, 'GET / HTTP/1.1', host, *[f'X-{n}: {"a" * 500}'
+        for n in range(200)]).splitlines()[0]
+    port = urlsplit(site.url).port
+    for words in (b'', b'GET / HTTP/1.1\r\nHost: x', b'GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /x'):
+        with socket.create_connection(('127.0.0.1', port), DEADLINE) as wire:
+            wire.settimeout(DEADLINE)
+            wire.sendall(words)
+            while wire.recv(65536): pass            # it ends, however it began
+    me = site.person()
+    chat = me.ask(site.upstream.says('half ', gate := Gate(), 'more'))
+    tab = chat.watch().until('half')
+    with pytest.raises(TimeoutError): tab.socket.recv(1)        # a socket is not a head that is late
+    gate.open()
+    assert tab.ends().text == 'half more'
+
+@pytest.mark.parametrize('lines', [
+    ['GET / HTTP/1.1', 'Host: localhost', 'Content-Length: 3', 'Transfer-Encoding: chunked'], ['FOO / HTTP/1.1',
+        'Host: localhost'],
+    ['CONNECT / HTTP/1.1', 'Host: localhost'], ['GET /%00 HTTP/1.1', 'Host: localhost'], ['GET /%0d%0aX: HTTP/1.1',
+        'Host: localhost'],
+    ['GET /\x1b[31m HTTP/1.1', 'Host: localhost'], ['GET http://evil.invalid/ HTTP/1.1', 'Host: evil.invalid'],
+    ['GET / HTTP/1.1', 'Host: localhost', 'Range: bytes=' + ','.join(f'{n}-{n}' for n in range(6000))],
+    ['GET /healthz HTTP/1.1', 'Host: localhost', 'Cookie: ' + 'x=' + 'A' * 60_000], ['GET', ''], ['\0\1\2']])
+def test_a_strange_request_is_answered_and_harms_nothing(site, me, lines):
+    answer = asked_raw(site.url, *lines)
+    assert not answer or re.match(r'HTTP/1.1 (200|303|4\d\d|501) ', answer) and 'Traceback' not in answer
+    assert me.get('/healthz').status_code == 200
+
+NEEDED = {'x-content-type-options': 'nosniff', 'referrer-policy': 'no-referrer', 'x-frame-options': 'DENY',
+          'cross-origin-opener-policy': 'same-origin', 'cross-origin-resource-policy': 'same-origin'}
+
+@pytest.mark.parametrize('method, path, status', [
+    ('GET', '/', 303), ('GET', '/login', 200), ('POST', '/login', 401), ('GET', '/healthz', 200), ('GET', '/assets/x',
+        404),
+    ('PUT', '/', 401), ('POST', '/', 401), ('POST', '/large', 413), ('POST', '/json', 415), ('GET', '/evil', 400),
+    ('POST', '/foreign', 403)])
+def test_every_answer_carries_the_headers(house, method, path, status):
+    host, origin = ('evil' if status == 400 else 'localhost'), ('evil' if status == 403 else 'localhost')
+    lines = {413: ['Content-Length: 99999999'], 415: ['Content-Length: 2',
+        'Content-Type: application/json']}.get(status, [])
+    answer = asked_raw(house.url, f'{method} {path} HTTP/1.1', f'Host: {host}', f'Origin: http://{origin}', *lines)
+    assert answer.startswith(f'HTTP/1.1 {status} '), answer
+    headers = httpx.Headers([line.split(': ', 1) for line in answer.partition('\r\n\r\n')[0].splitlines()[1:]])
+    needed = NEEDED | ({'referrer-policy': 'same-origin'} if status == 400 else {})     # not the loopback: see below
+    assert {name: headers[name] for name in needed} == needed and 'server' not in headers and headers['x-request-id']
+    policy = dict(part.strip().partition(' ')[::2] for part in headers['content-security-policy'].split(';'))
+    assert {'default-src': "'none'", 'base-uri': "'none'", 'frame-ancestors': "'none'",
+        'form-action': "'self'"}.items() \
+        <= policy.items() and 'unsafe' not in headers['content-security-policy']
+    assert headers['cache-control'] == 'no-store' and 'camera=()' in headers['permissions-policy']
+
+def test_over_plain_http_a_browser_on_another_machine_can_still_post_a_form(new_site):
+    "It sends no Sec-Fetch-Site there, and under no-referrer its Origin would be `null`: seen in Chromium 156."
+    house = new_site(app_password=PASSWORD, allowed_hosts='parley.lan', trusted_proxies='127.0.0.1')
+    ways = {'same-origin': ['Host: parley.lan'], 'no-referrer': ['Host: parley.lan', 'X-Forwarded-Proto: https']}
+    for policy, lines in ways.items():
+        assert f'referrer-policy: {policy}\r\n' in asked_raw(house.url, 'GET /login HTTP/1.1', *lines)
+
+def test_a_fault_of_ours_says_nothing_and_carries_the_headers(new_site, caplog):
+    site = new_site()
+    site.door.state.parley.shelf = None          # a broken part, not a replaced one
+    chat = site.person().post('/', message='canary of a question')
+    assert chat.status_code == 500 and len(chat.content) < 100 and chat.headers['x-content-type-options'] == 'nosniff'
+    def faults(): return [record for record in caplog.records if record.exc_info]
+    assert eventually(faults)
+    logged = '\n'.join(map(main.JsonLines().format, faults()))
+    assert 'AttributeError' in logged and 'canary' not in logged and '"at": ["' in logged
+    caplog.clear()
+
+CANARIES = {'ANTHROPIC_API_KEY': 'sk-ant-canary0key', 'SESSION_SECRET': 'canary1secret',
+    'APP_PASSWORD': 'canary2password'}
+
+def test_secrets_and_words_are_in_no_page_export_log_or_title(tmp_path, wire, upstream):
+    "The log is one JSON object a line, with a request id, and holds what happened but never what was said."
+    with Server(tmp_path, ANTHROPIC_BASE_URL=wire.url, LOG_LEVEL='DEBUG', **CANARIES) as server: leaks(server, upstream)
+
+def leaks(server, upstream):
+    me = server.person()
+    assert sign_in(me, 'canary3wrong').status_code == 401 and sign_in(me, CANARIES['APP_PASSWORD']).status_code == 303
+    token = next(iter(me.http.cookies.values()))
+    chat = me.ask('canary4question ' + 'x' * 80)
+    bad = me.ask(upstream.plays(refuses(401)))
+    chat.ended(), bad.ended()
+    said = [me.get(path).text for path in ('/', '/login', '/healthz', f'/c/{chat.id}.json', f'/c/{chat.id}.md',
+        '/nowhere',
+                                           f'/c/{chat.id}', f'/c/{bad.id}', f'/c/{chat.id}?q=canary5query')]
+    assert asked_raw(server.url, 'GET /%1b%0a"canary?q=canary5query HTTP/1.1', 'Host: localhost')
+    process = ''.join(open(f'/proc/{server.process.pid}/{name}').read() for name in ('cmdline', 'comm'))
+    secrets = [*CANARIES.values(), token, 'canary3wrong']
+    assert not [s for s in secrets if s in process + ''.join(said)]
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    assert all({'time', 'level', 'logger', 'event', 'request'} <= line.keys() for line in lines)
+    told = json.dumps(lines)
+    assert not [s for s in [*secrets, 'canary4', 'canary5', 'You said', 'canary-of-the-upstream'] if s in told]
+    sends = [line for line in lines if line['event'] == 'request' and line.get('method') == 'POST'
+        and line['path'] == '/']
+    assert sends[0]['status'] == 200 and sends[0]['ms'] >= 0 and re.fullmatch('[0-9a-f]{16}', sends[0]['request'])
+    assert [line for line in lines if line['event'].startswith('upstream fault')
+        and line['request'] == sends[-1]['request']]
+
+def test_health_answers_within_a_second_while_a_write_hangs_and_asks_the_disk_once(new_site):
+    site = new_site()
+    me = site.person()
+    with locked(site.db), concurrent.futures.ThreadPoolExecutor(20) as pool:
+        asked = time.monotonic()
+        told = list(pool.map(lambda _: me.get('/healthz'), range(20)))
+        assert time.monotonic() - asked < 2 and {answer.status_code for answer in told} == {503}
+        assert told[0].json()['why'] and site.door.state.parley.store.threads['writes']._work_queue.qsize() < 2
+    assert eventually(lambda: me.get('/healthz').status_code == 200)
+
+def test_a_nearly_full_disk_refuses_questions_and_keeps_the_text(new_site):
+    site = new_site(min_free_bytes=10**15)
+    me = site.person()
+    answer = me.post('/', htmx=False, message='kept text')
+    assert answer.status_code == 503 and 'nearly full' in answer.text and kept_in(answer) == 'kept text' and may_enter(me)
+    assert me.get('/healthz').status_code == 200
+
+def test_one_signs_in_and_out_while_the_database_is_read_only(start):
+    "FI-16 as far as the Door goes: a session that can't be kept ends with the process, and says so to nobody."
+    server = start(APP_PASSWORD=PASSWORD)
+    me = server.person()
+    free = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    assert sign_in(me).status_code == 303 and may_enter(me)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, free)
+    assert sign_in(me).status_code == 303 and me.post('/logout', htmx=False).status_code == 303 and not may_enter(me)
+
+# ---- Reliability ----------------------------------------------------------------------------------------------------
+
+def test_silent_connections_slow_nobody_and_give_their_descriptors_back(start):
+    "FI-34, L-08 in small."
+    server = start(HEADER_SECONDS='1')
+    me = server.person()
+    def descriptors(): return len(os.listdir(f'/proc/{server.process.pid}/fd'))
+    me.get('/healthz')
+    before = descriptors()
+    silent = [socket.create_connection(('127.0.0.1', server.port), DEADLINE) for _ in range(300)]
+    for each in silent[::2]: each.sendall(b'POST / HTTP/1.1\r\nHost: local')
+    asked = time.monotonic()
+    assert server.person().get('/healthz').status_code == 200 and time.monotonic() - asked < 1
+    assert eventually(lambda: descriptors() <= before + 3, 5)
+    for each in silent: each.close()
+
+def test_out_of_descriptors_it_recovers_by_itself(start):
+    server = start()
+    limits = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    used = len(os.listdir(f'/proc/{server.process.pid}/fd'))
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (used + 20, limits[1]))
+    many = []
+    for _ in range(100):
+        with contextlib.suppress(OSError): many.append(socket.create_connection(('127.0.0.1', server.port), 1))
+    for each in many: each.close()
+    def well():
+        with contextlib.suppress(httpx.TransportError): return server.person().get('/healthz').status_code == 200
+    assert eventually(well, 5)
+
+def test_a_slow_body_is_ended(new_site):
+    site = new_site(body_seconds=.3)
+    answer = asked_raw(site.url, 'POST / HTTP/1.1', f'Host: {urlsplit(site.url).netloc}', f'Origin: {site.url}',
+        'Content-Length: 100', more=b'message=')
+    assert answer.startswith('HTTP/1.1 408 ')
+
+def test_a_hundred_replies_at_once_while_a_third_of_the_calls_fail(new_site, upstream):
+    site = new_site(retry_seconds=0)
+    faults = [refuses(529), refuses(401), raw(b'rubbish', content_type='text/html'), raw(b'data: {"x\n\n')]
+    plans = [says('fine') if n % 3 else faults[n // 3 % len(faults)] for n in range(100)]
+    questions = [upstream.plays(plan) for plan in plans]
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        replies = list(pool.map(lambda q: site.person().ask(q).ended(), questions))
+    assert [reply['status'] == 'done' for reply in replies] == [bool(n % 3) for n in range(100)]
+    assert all(reply['note'] for reply in replies if reply['status'] != 'done')
+
+
+# ---- The corpus over HTTP and sockets -------------------------------------------------------------------------------
+
+def payload(case):
+    if case.get('enc') == 'repeat':
+        before, unit, count, after = json.loads(case['payload'])
+        return before + unit * count + after
+    return base64.b64decode(case['payload']).decode('latin-1') if case.get('enc') == 'b64' else case['payload']
+
+def cases(*where): return [pytest.param(case, id=case['id']) for case in CORPUS
+                           if case['where'] in where and case.get('enc') != 'recipe']
+
+@pytest.mark.parametrize('case', cases('url_path'))
+def test_no_path_of_the_corpus_finds_anything(me, owner, stranger, case):
+    path = payload(case).replace('<conversation route>', 'c')
+    for person in (me, owner):
+        answer = asked_raw(person.url, f'GET {path} HTTP/1.1', 'Host: localhost').partition('\r\n\r\n')
+        assert re.match(r'HTTP/1.1 (400|404|414) ', answer[0]) or ' 303 ' in answer[0].splitlines()[0]
+        assert 'Traceback' not in answer[2]
+    assert me.get('/healthz').status_code == 200
+
+@pytest.mark.parametrize('case', cases('query', 'header', 'cookie'))
+def test_no_query_header_or_cookie_of_the_corpus_does_harm(me, site, case):
+    text, host = payload(case), f'Host: {urlsplit(site.url).netloc}'
+    lines = {'query': [f'GET /{quote(text, safe="?=&/:")} HTTP/1.1', host], 'cookie': ['GET / HTTP/1.1', host,
+        f'Cookie: {text}'],
+             'header': ['GET / HTTP/1.1', *([] if text.startswith('Host:') else [host]), text]}[case['where']]
+    asked = time.monotonic()
+    answer = asked_raw(site.url, *lines)
+    assert not answer or re.match(r'HTTP/1.1 (200|400|431) ', answer), answer[:300]
+    assert ('400' in answer.splitlines()[0]) if case['expect'].startswith('400') and answer and not text.startswith('Content-Type') else time.monotonic() - asked < 1
+    assert '<script>window' not in answer and me.get('/healthz').status_code == 200
+
+@pytest.mark.parametrize('case', cases('ws_frame'))
+def test_no_frame_of_the_corpus_disturbs_a_reply(me, upstream, case):
+    chat = me.ask(upstream.says('half ', gate := Gate(), 'more'))
+    watching, bad = chat.watch().until('half'), chat.watch().until('half')
+    with contextlib.suppress(ConnectionClosed): bad.socket.send(payload(case))
+    gate.open()
+    assert watching.ends().text == 'half more' and watching.status == 'done'
+    assert bad.ends().code in (1000, 1009, 4400) and '__pwn' not in bad.said
+
+def assert_refused(answer): assert answer.status_code in (413, 422) and a_sentence(answer)
+
+
+# ---- The shape ------------------------------------------------------------------------------------------------------
+
+def test_no_name_of_the_file_is_made_twice():
+    made = [name for part in ast.parse(SOURCE.read_text()).body for name in
+            ([part.name] if hasattr(part, 'name') else
+             [target.id for target in getattr(part, 'targets', []) if isinstance(target, ast.Name)])]
+    assert {name for name in made if made.count(name) > 1} <= {'question'}
 
 
 # ---- Pages: every row of the interface ------------------------------------------------------------------------------
@@ -2079,7 +2855,7 @@ def test_hostile_text_executes_nothing(view, upstream):
 def test_the_corpus_opens_no_dialog_asks_no_other_host_and_leaves_the_console_empty(profile, new_site, upstream):
     site = new_site()
     with socket.create_server(('127.0.0.1', 0)) as canary:
-        texts = [spelled(case).replace('{{CANARY}}', f'http://127.0.0.1:{canary.getsockname()[1]}') for case in CORPUS]
+        texts = [spelled(case).replace('{{CANARY}}', f'http://127.0.0.1:{canary.getsockname()[1]}') for case in SAYINGS]
         chat = None
         for text in texts:
             upstream.plans[text] = [says(text)]
