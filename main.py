@@ -82,11 +82,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 NOTEBOOK = 'ipykernel' in sys.modules
 log = logging.getLogger('parley')
 
-
 def try_it(coroutine):
     "Run a coroutine from a cell: a notebook has a loop that runs already, so this one runs beside it."
     with ThreadPoolExecutor(1) as thread: return thread.submit(asyncio.run, coroutine).result()
-
 
 # %% [markdown]
 # ## 1 Settings
@@ -94,15 +92,12 @@ def try_it(coroutine):
 # Everything that can be set comes from the environment, here and nowhere else, each with a default that works. A value
 # that can't be read ends the start with one line that names the setting and quotes nothing: it may be a secret.
 
-
 # %%
 def setting(default, meaning, env='', low=None, high=None, secret=False):
     "A field of `Settings`: read from `env` (else its own name in capitals), a number between `low` and `high`."
     return field(default=default, repr=not secret, metadata=dict(meaning=meaning, env=env, low=low, high=high))
 
-
 HASH = re.compile(r'scrypt:(\d{1,2}):(\d{1,2}):(\d{1,2}):([0-9a-f]{32}):([0-9a-f]{64})')  # log2 n, r, p, salt, hash
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -203,7 +198,6 @@ class Settings:
     @property
     def demo(self) -> bool: return not (self.api_key or self.auth_token or self.base_url)
 
-
 # %%
 if NOTEBOOK:
     print(Settings.read({'MODEL': ' claude-opus-5-5 ', 'ANTHROPIC_API_KEY': 'not shown'}))
@@ -216,7 +210,6 @@ if NOTEBOOK:
 # Verbs that write run on one thread with one connection, verbs that only read on another: WAL lets a page be read
 # while a slow disk holds a commit. Each verb is one transaction.
 
-
 # %%
 @dataclass
 class Conversation:
@@ -227,7 +220,6 @@ class Conversation:
     leaf: int | None
     created: float  # seconds since 1970, as all times here
     updated: float
-
 
 @dataclass
 class Message:
@@ -246,14 +238,12 @@ class Message:
     created: float
     ended: float | None
 
-
 @dataclass
 class Piece:
     "What a running reply said in one frame; (message, seq) is the cursor of whoever watches it."
     message: int
     seq: int
     text: str
-
 
 @dataclass
 class Session:
@@ -264,10 +254,8 @@ class Session:
     created: float
     seen: float
 
-
 OWNER = 'owner'  # one person for now; every row carries it, so that there can be more
 RUNNING = 'streaming'
-
 
 class Refused(Exception):
     "What can't be done, with an HTTP `status` and `words` for the person. `typed` is the text that must not be lost."
@@ -275,17 +263,14 @@ class Refused(Exception):
         super().__init__(words)
         self.status, self.words, self.typed, self.retry_after = status, words, typed, retry_after
 
-
 class Unusable(Exception):
     "The database can't be used; the text says why in one line, without SQL and without values."
-
 
 DISK = {apsw.FullError: 'the disk is full', apsw.ReadOnlyError: 'the database is read-only',
         apsw.BusyError: 'another program holds the database', apsw.LockedError: 'another program holds the database',
         apsw.CantOpenError: 'the database file can not be opened', apsw.NotADBError: 'the file is not a database',
         apsw.CorruptError: 'the database is damaged', apsw.IOError: 'the disk reports an error',
         apsw.PermissionsError: 'the database may not be accessed'}
-
 
 @contextlib.contextmanager
 def in_words():
@@ -294,7 +279,6 @@ def in_words():
     except (apsw.Error, OSError) as error:
         words = next((DISK[kind] for kind in DISK if isinstance(error, kind)), None)
         raise Unusable(words or f'the database failed ({type(error).__name__})') from error
-
 
 @contextlib.contextmanager
 def transaction(conn, durable=False):
@@ -310,7 +294,6 @@ def transaction(conn, durable=False):
     finally:
         if durable: conn.pragma('synchronous', 'normal')
 
-
 def verb(thread, scope=lambda conn: contextlib.nullcontext()):
     "Make a plain method (self, db, …) a coroutine that runs on the `reads` or the `writes` thread, within `scope`."
     def wrap(work):
@@ -324,7 +307,6 @@ def verb(thread, scope=lambda conn: contextlib.nullcontext()):
         return call
     return wrap
 
-
 reads, writes = verb('reads'), verb('writes', transaction)
 writes_durably = verb('writes', functools.partial(transaction, durable=True))
 
@@ -336,7 +318,6 @@ PATH = f'''with recursive path(id) as (
     union all select m.parent from message m join path on m.id = path.id where m.idx > :first)
 select m.id, conversation, owner, parent, idx, role, {TEXT} as content, status, note, model, key, created, ended
 from message m join path on m.id = path.id where m.idx < :before order by idx'''
-
 
 def schema_1(db):
     "The first schema. Later ones are further steps: never an edit of this one."
@@ -350,9 +331,7 @@ def schema_1(db):
     db.execute('create unique index first_by_key on message (owner, key) where parent is null')
     db.execute("create index message_running on message (conversation) where status = 'streaming'")
 
-
 SCHEMA = [schema_1]
-
 
 class Store:
     """Every SQL statement, as verbs. Opening it makes or migrates the database, ends what a crash left running and
@@ -548,7 +527,6 @@ class Store:
                    [status, note, time.time(), id])
         db.execute('delete from piece where message = ?', [id])
 
-
 # %%
 if NOTEBOOK:
     import tempfile
@@ -564,13 +542,11 @@ if NOTEBOOK:
 # parsed here, because its typed event objects are half of all the work of a token. Retries are ours too: the SDK's
 # would sleep as long as a server asks. However a reply ends, it ends as an `Ended` with words for the person.
 
-
 # %%
 @dataclass(frozen=True)
 class Waiting:
     "Claude is busy and will be asked again in `seconds`."
     seconds: float
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -578,13 +554,11 @@ class Ended:
     status: str
     note: str = ''
 
-
 class Fault(Exception):
     "What went wrong upstream, in words. `again`: worth another try; `after`: seconds the server asks to wait."
     def __init__(self, words, again=False, after=None, status='failed'):
         super().__init__(words)
         self.words, self.again, self.after, self.status = words, again, after, status
-
 
 STOPS = {'end_turn': '', 'stop_sequence': '',
          'max_tokens': 'The answer reached MAX_TOKENS, the longest that is allowed here.',
@@ -596,7 +570,6 @@ BROKE_OFF = 'The connection to Claude broke off.'
 BUSY = 'Claude is busy'
 TRIES, LONGEST_WAIT, RESUMES, LONGEST_EVENT = 3, 15, 10, 4_000_000
 
-
 def history(path: list[Message]) -> list[dict]:
     """What Claude is sent: the path without empty messages. A partial reply stands as text before the next question,
     never last: models refuse to go on from a text that isn't theirs to finish."""
@@ -604,11 +577,9 @@ def history(path: list[Message]) -> list[dict]:
     while turns and turns[-1]['role'] == 'assistant': turns.pop()
     return turns
 
-
 def until_next(frame: float) -> float:
     "Seconds until the next frame begins. Frames of `frame` seconds are cut by the clock, the same for everyone."
     return frame - time.monotonic() % frame
-
 
 class EventLines:
     "The events of a `text/event-stream`, from bytes cut anywhere. Raises `Fault` for a line that never ends."
@@ -627,14 +598,12 @@ class EventLines:
                 self.data = []
         return events
 
-
 def whole(text: str, held: str) -> tuple[str, str]:
     "Join the halves of a surrogate pair that two events may carry; a half that stays alone becomes U+FFFD."
     text = held + text
     held = text[-1] if text and '\ud800' <= text[-1] <= '\udbff' else ''
     text = text[:len(text) - len(held)]
     return (text if text.isascii() else text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')), held
-
 
 class Claude:
     "One SDK client. `http` is the seam for tests and for the demo model: an `httpx2.AsyncClient`."
@@ -743,11 +712,9 @@ class Claude:
             stream.read = paced
             stack.callback(delattr, stream, 'read')
 
-
 KEY_REFUSED = 'The key was refused: set ANTHROPIC_API_KEY to one that is valid and start Parley again.'
 PASSING = {408, 409, 429, 500, 502, 503, 504, 529}
 PASSING_TYPES = {'overloaded_error', 'rate_limit_error', 'api_error', 'timeout_error'}
-
 
 def upstream_error(error: dict) -> Fault:
     "A fault from the `error` object of the Messages API, in a stream (with status 200) or in a body."
@@ -757,12 +724,10 @@ def upstream_error(error: dict) -> Fault:
     if kind in ('authentication_error', 'permission_error'): return Fault(KEY_REFUSED)
     return Fault(f'Claude refused the request: {message}')
 
-
 def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
     "The `retry-after` header in seconds, None when there is none that can be read."
     try: return max(0.0, float(headers.get('retry-after', '')))
     except ValueError: return None
-
 
 def explain(error: Exception, said: bool, settings: Settings) -> Fault:
     "Any exception of a call to Claude as a `Fault` in our words; nothing of its text is shown but the API's message."
@@ -788,11 +753,9 @@ def explain(error: Exception, said: bool, settings: Settings) -> Fault:
         case _ if said: return Fault('Claude sent something that can not be read.')
         case _: return Fault(FOREIGN)
 
-
 # %% [markdown]
 # The demo model answers when there is neither a key nor a base URL. It stands at the transport, so that everything
 # above and below it is the real thing.
-
 
 # %%
 DEMO_ANSWER = """This is the **demo model**: a small script inside Parley that answers without a key, so that you can \
@@ -812,14 +775,12 @@ def parley(you, claude):
 
 """
 
-
 def demo_answer(asked: str) -> tuple[str, float]:
     "What the demo model says to `asked`, and the seconds between two words."
     if 'long' in asked.lower():
         part = 'It goes on and on, as you asked, until it ends or you stop it. ' * 8
         return ''.join(f'## Part {n}\n\n{part}\n\n' for n in range(1, 26)), 0.008
     return f'{DEMO_ANSWER}You said: “{" ".join(asked.split())[:200]}”', 0.25 if 'slow' in asked.lower() else 0.02
-
 
 class DemoStream(httpx2.AsyncByteStream):
     "The events of one demo answer, word by word."
@@ -836,7 +797,6 @@ class DemoStream(httpx2.AsyncByteStream):
         yield event('message_delta', delta=dict(stop_reason='end_turn'), usage=dict(output_tokens=len(self.words)))
         yield event('message_stop')
 
-
 class Demo(httpx2.AsyncBaseTransport):
     "Answers POST /v1/messages as the Messages API does; `pace` 0 says all at once."
     def __init__(self, pace=1.0): self.pace = pace
@@ -845,7 +805,6 @@ class Demo(httpx2.AsyncBaseTransport):
         text, pause = demo_answer(json.loads(await request.aread())['messages'][-1]['content'])
         return httpx2.Response(200, headers={'content-type': 'text/event-stream'},
                                stream=DemoStream(text, pause * self.pace))
-
 
 # %%
 if NOTEBOOK:
@@ -860,7 +819,6 @@ if NOTEBOOK:
 # says waits in memory for the next frame; one commit a frame serves all replies, and only what is committed is shown.
 # Time is cut in frames by the clock, so nothing has to be agreed: sockets to Claude are read when a frame begins, and
 # what they brought is committed together.
-
 
 # %%
 class Pace:
@@ -879,7 +837,6 @@ class Pace:
 
     def give_back(self, key):
         if self.taken.get(key): self.taken[key].pop()
-
 
 class Turn:
     "All live state of one reply. `pieces` are committed and may be shown; (`reply.id`, `len(pieces)`) is the cursor."
@@ -910,7 +867,6 @@ class Turn:
     def cancel(self, end: Ended):
         self.cut_off = end
         self.task.cancel()
-
 
 class Turns:
     "The replies being written right now, one per conversation at most, and the one loop that commits what they say."
@@ -1054,7 +1010,6 @@ class Turns:
                 turn.reply = replace(turn.reply, status=end.status, note=end.note, content=''.join(turn.pieces))
                 del self.running[turn.reply.conversation]
             turn.show('')
-
 
 # %%
 if NOTEBOOK:
@@ -1216,7 +1171,6 @@ def note_mark(state, silent):
     if not silent: state.push('note', 'sup', 0).meta = {'label': found[1]}
     state.pos = found.end()
     return True
-
 
 class Pen(RendererHTML):
     """How a token is written; a method is named after its token."""
@@ -1428,7 +1382,6 @@ def balanced(source):
 
 def weight(text): return len(text) + 3 * len(MARKS.findall(text)) + 25 * text.count('[')  # about us to typeset it
 
-
 class Typesetter:
     """Typesets a reply while it is written: feed pieces of text, get changes. After `finish()`, `blocks` equals
     `render(whole text)`, string for string.
@@ -1575,7 +1528,6 @@ if NOTEBOOK:
 # Values in, tags out. Ids are the protocol between the server and the page: `msg-3`, `content-3`, `state-3`. A frame of
 # the socket is one or more elements that htmx swaps out of band; this is the only place where an event becomes markup.
 
-
 # %%
 ENDS = {'stopped': 'Stopped.', 'interrupted': 'Interrupted.', 'failed': 'No answer.'}
 PAPER = {'light': '#fbfaf7', 'dark': '#1b1a18'}  # the page's colour, for what a browser draws around the page
@@ -1584,10 +1536,8 @@ ICONS = {'sidebar': 'M4 5h16v14H4zM10 5v14', 'new': 'M12 5v14M5 12h14', 'send': 
          'find': 'M11 18a7 7 0 1 1 0-14 7 7 0 0 1 0 14zM16 16l4 4',
          'save': 'M12 4v11M7 10l5 5 5-5M5 20h14', 'close': 'M6 6l12 12M18 6L6 18'}
 
-
 def Icon(name): return NotStr(f'<svg viewBox="0 0 24 24" aria-hidden="true"><path d="{ICONS[name]}"/></svg>')
 def Unseen(words): return Span(words, cls='unseen')
-
 
 def State(message, notice=''):
     "What stands under a message: how it is or how it ended, and what can be done. Swapped as a whole."
@@ -1597,11 +1547,9 @@ def State(message, notice=''):
                   RetryForm(message) if message.status in ENDS else None,
                   id=f'state-{message.idx}', cls='state', data_status=message.status)
 
-
 def StopForm(message):
     action = stop.to(conversation_id=message.conversation)
     return Form(Button('Stop', cls='quiet'), id='stop', method='post', action=action, hx_post=action, hx_swap='none')
-
 
 def RetryForm(message):
     action = retry.to(conversation_id=message.conversation)
@@ -1609,14 +1557,12 @@ def RetryForm(message):
                 action=action, hx_post=action, hx_target=f'#msg-{message.idx}', hx_swap='outerHTML',
                 hx_disabled_elt='find button')
 
-
 def Actions(message):
     "What can be done with any message. The link leads to its exact Markdown; the script copies that instead."
     when = time.strftime('%Y-%m-%dT%H:%MZ', time.gmtime(message.created))
     return Div(A('Copy', Unseen(' this message as Markdown'), cls='copy quiet',
                  href=as_written.to(conversation_id=message.conversation, idx=message.idx)),
                Time(when.translate({84: ' ', 90: ' UTC'}), datetime=when), cls='actions')
-
 
 def Bubble(message, shown, notice='', **live):
     "A message. `shown` is its content as HTML; `live` are the attributes that keep it going while it is written."
@@ -1627,24 +1573,20 @@ def Bubble(message, shown, notice='', **live):
         State(message, notice), Actions(message), id=f'msg-{message.idx}', cls='message', data_role=message.role,
         data_status=message.status, **live)
 
-
 def streaming_message_bubble(msg_idx, conversation_id, message, shown=''):
     "The bubble of a reply that is being written: its socket brings the rest."
     return Bubble(message, shown, hx_ext='ws', ws_connect=f'/ws/chat/{conversation_id}/{msg_idx}',
                   data_poll=fragment.to(conversation_id=conversation_id, idx=msg_idx))
-
 
 def PollingBubble(message, shown):
     "The same where WebSockets are blocked: it asks for itself once a second until it is over."
     return Bubble(message, shown, hx_get=fragment.to(conversation_id=message.conversation, idx=message.idx),
                   hx_trigger='every 1s', hx_swap='outerHTML')
 
-
 def Reply(message, shown):
     "A message as it is now: live while it is being written, plain when it is over."
     if message.status != RUNNING: return Bubble(message, shown)
     return streaming_message_bubble(message.idx, message.conversation, message, shown)
-
 
 def Transcript(path, bubbles):
     "Messages in a row. What stands before them is loaded when the reader gets there; without the script, by a link."
@@ -1652,7 +1594,6 @@ def Transcript(path, bubbles):
     earlier = A('Earlier messages', id='earlier', cls='quiet', href=place, hx_get=place, hx_swap='outerHTML',
                 hx_trigger='intersect once, click')
     return (earlier if path and path[0].idx else None, *bubbles)
-
 
 # Frames are put together as text: a component per piece would cost more than everything else a piece does.
 def Frame(idx, change) -> str:
@@ -1665,11 +1606,9 @@ def Frame(idx, change) -> str:
             place = f'hx-swap-oob="outerHTML:#content-{idx}&gt;:nth-child({n + 1})"'
             return re.sub(r'^<\w+', lambda tag: f'{tag[0]} {place}', html)
 
-
 def marked(idx, tail): return tail.replace(MARK, f'<span id="end-{idx}"></span>')
 def Snapshot(idx, html) -> str: return f'<div id="content-{idx}" hx-swap-oob="innerHTML">{html}</div>'
 def StateFrame(message, notice='') -> str: return to_xml(State(message, notice), indent=False)
-
 
 class LiveReply:
     """A running reply as its viewers see it: typeset once for all of them. Frames are numbered; who is behind the
@@ -1732,7 +1671,6 @@ class LiveReply:
         idx, blocks = self.turn.reply.idx, ''.join(self.words.blocks)
         return blocks if self.finished else f'{blocks}<div id="tail-{idx}">{marked(idx, self.words.tail)}</div>'
 
-
 class Shelf:
     "The typeset content of finished messages, as much of it as `room` characters hold: nothing is typeset twice."
     def __init__(self, room=16_000_000): self.room, self.html = room, {}
@@ -1750,9 +1688,7 @@ class Shelf:
         if message.status != RUNNING: self.put(message.id, html)
         return html
 
-
 def Key(**attrs): return Input(type='hidden', id='key', name='key', value=secrets.token_urlsafe(12), **attrs)
-
 
 def Composer(typed='', notice='', to=''):
     """Where one writes. It posts to the page's own address, so a first question and a later one are the same form;
@@ -1769,10 +1705,8 @@ def Composer(typed='', notice='', to=''):
         id='composer', method='post', action=to or None, hx_post=to, hx_target='#messages', hx_swap='beforeend',
         hx_disabled_elt='.send')
 
-
 EXAMPLES = ['What is recursion? Show me with a short Python function.', 'Compare tea and coffee in a small table.',
             'Help me answer a difficult e-mail kindly and briefly.', 'Why is the sky blue? Give me the formula, too.']
-
 
 def Empty(model):
     "The first page. An example is a form of its own, with a key, so that two clicks are one question."
@@ -1789,17 +1723,14 @@ def Empty(model):
                    Input(type='hidden', name='key', value=secrets.token_urlsafe(12)),
                    Button(words), method='post', action='/') for words in EXAMPLES], cls='examples'), id='empty')
 
-
 def ListItem(conversation, current=None):
     return Li(A(conversation.title, href=show.to(conversation_id=conversation.id),
                 aria_current='page' if conversation.id == current else None))
-
 
 def LookForm(look, *content):
     "A form that changes how the page looks. The script does it at once; without it, the server does."
     return Form(*content, Input(type='hidden', name='back', value=look['here']), method='post',
                 action=remember.to(), cls='look')
-
 
 def Sidebar(conversations, look, current=None):
     "The list of conversations: a column, or on a phone a popover, which needs no script to open."
@@ -1814,12 +1745,10 @@ def Sidebar(conversations, look, current=None):
                       data_action='Show the keys'), SignOut() if look['locked'] else None,
                id='sidebar', popover=True, aria_label='Conversations')
 
-
 def Heading(title, current=None, **attrs):
     save = current and A(Icon('save'), Unseen('Download as Markdown'), cls='round', title='Download as Markdown',
                          href=as_markdown.to(conversation_id=current), data_action='Download as Markdown')
     return Div(H1(title), save, id='heading', **attrs)
-
 
 def Bar(title, look, current=None, demo=False):
     shown = look['sidebar'] == 'open'
@@ -1831,10 +1760,8 @@ def Bar(title, look, current=None, demo=False):
         Heading(title, current), Span('Demo model', cls='tag') if demo else None,
         A(Icon('new'), Unseen('New conversation'), href='/', cls='round', title='New conversation'), id='bar')
 
-
 KEYS = [('Enter', 'send'), ('Shift Enter', 'a new line'), ('Esc', 'stop the reply'), ('↑', 'your last question again'),
         ('/', 'to the message box'), ('Ctrl K', 'find a conversation or an action'), ('?', 'these keys')]
-
 
 def Dialogs():
     close = Form(Button(Icon('close'), Unseen('Close'), cls='round'), method='dialog')
@@ -1846,7 +1773,6 @@ def Dialogs():
             Dialog(close, H2('Keys', id='keys-title'),
                    Dl(*[Div(Dt(Kbd(key)), Dd(what)) for key, what in KEYS]),
                    id='keys', closedby='any', aria_labelledby='keys-title'))
-
 
 def Page(title, conversations, *content, look, current=None, running=False, demo=False, typed='', notice='',
          to=''):
@@ -1872,12 +1798,10 @@ def Page(title, conversations, *content, look, current=None, running=False, demo
         *Dialogs(), P(id='said', role='status', cls='unseen')),
         lang='en', data_theme=look['theme'], data_sidebar=look['sidebar'])
 
-
 def SignOut():
     return Form(Button('Sign out', cls='quiet', data_action='Sign out'),
                 Button('everywhere', name='everywhere', value='1', cls='quiet', data_action='Sign out everywhere'),
                 method='post', action=leave.to(), cls='leave')
-
 
 def Login(place, notice='', typed=''):
     "The page before all others. It carries where one was going and what one had typed."
@@ -1893,7 +1817,6 @@ def Login(place, notice='', typed=''):
                   Textarea('\n' + typed, name='message', hidden=True) if typed else None,
                   P('What you typed is kept.') if typed else None,
                   id='login', method='post', action=enter.to())), lang='en')
-
 
 # %% [markdown]
 # ## 7 Look
@@ -2433,7 +2356,6 @@ ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 NEWS = ICON.replace('</svg>', '<circle cx="50" cy="14" r="13" fill="#e99c75" stroke="#1b1a18" stroke-width="3"/></svg>')
 WHOLE = ICON.replace(' rx="14"', '')  # a maskable icon fills its square; the drawing stays in the middle four fifths
 
-
 @functools.cache
 def assets() -> dict[str, tuple[str, str, bytes]]:
     "File name → (its URL with a hash of the content, media type, content). htmx comes from the django-htmx package."
@@ -2454,9 +2376,7 @@ def assets() -> dict[str, tuple[str, str, bytes]]:
                 'background_color': PAPER['light'], 'theme_color': PAPER['light']}
     return found | {'parley.webmanifest': made('parley.webmanifest', json.dumps(manifest))}
 
-
 def asset(name): return assets()[name][0]
-
 
 # %% [markdown]
 # ## 8 Door
@@ -2481,27 +2401,22 @@ FORMS = ('application/x-www-form-urlencoded', 'multipart/form-data')
 REQUEST = contextvars.ContextVar('the id of the request that is being answered', default=None)
 DAY, SMALL, LOUDEST = 86_400, 65_536, 1_024  # seconds; bytes that a stranger may send freely; bytes of a password
 
-
 def scrypt(password: bytes, salt: bytes, log_n=15, r=8, p=3) -> str:
     "A password as it may be kept: each guess costs 32 MB and 0.4 s (OWASP's Password Storage Cheat Sheet)."
     digest = hashlib.scrypt(password, salt=salt, n=2**log_n, r=r, p=p, maxmem=2**27, dklen=32)
     return f'scrypt:{log_n}:{r}:{p}:{salt.hex()}:{digest.hex()}'
 
-
 def fits(password: bytes, kept: str) -> bool:
     log_n, r, p, salt, _ = HASH.fullmatch(kept).groups()
     return hmac.compare_digest(scrypt(password, bytes.fromhex(salt), int(log_n), int(r), int(p)), kept)
-
 
 def typed_bytes(password: str) -> bytes:
     "The bytes of a password, the same for every way a keyboard makes an accent."
     return unicodedata.normalize('NFC', password.strip()).encode('utf-8', 'replace')
 
-
 def own_path(path: str) -> str:
     "A path of this app to go on to; anything that could lead elsewhere becomes `/`."
     return path if re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', path) else '/'
-
 
 class Door:
     "Decides who may come in, bounds what they bring, and puts the headers on every answer."
@@ -2690,7 +2605,6 @@ class Door:
             if id in ids: until.reschedule(0)
         if ids: await self.store.end_sessions(ids)
 
-
 # %% [markdown]
 # ## 9 Pages
 #
@@ -2698,7 +2612,6 @@ class Door:
 
 # %%
 rt = APIRouter()
-
 
 @dataclass
 class Parley:
@@ -2711,11 +2624,9 @@ class Parley:
     door: Door
     check: asyncio.Task | None = None  # the write of /healthz that is under way
 
-
 def parley(conn) -> Parley: return conn.app.state.parley
 def owner(conn) -> str: return conn.scope['owner']
 def by_htmx(req): return 'hx-request' in req.headers and 'hx-history-restore-request' not in req.headers
-
 
 async def form_of(req: Request) -> dict[str, str]:
     """The fields of a posted form, read from the body itself: FastHTML's injected parameters can be overridden by a
@@ -2730,7 +2641,6 @@ async def form_of(req: Request) -> dict[str, str]:
     if all(len(value) <= most for name, value in form.items() if name != 'message'): return form
     raise Refused(413, 'A field of this form is too long.', form.get('message', ''))
 
-
 async def bubble(req, message, make=Reply):
     "The bubble of a message as it is now, running or not."
     if turn := parley(req).turns.find(message):
@@ -2740,12 +2650,9 @@ async def bubble(req, message, make=Reply):
         message = await parley(req).store.message(owner(req), message.conversation, message.idx)
     return make(message, await parley(req).shelf.content(message))
 
-
 async def transcript(req, path): return Transcript(path, [await bubble(req, message) for message in path])
 
-
 LOOKS = {'theme': ('auto', 'light', 'dark'), 'sidebar': ('open', 'closed')}  # the first of each is the default
-
 
 def look_of(req):
     "How this browser wants its pages, from its cookies; `here`, to come back to after a change; `locked`: has a login."
@@ -2753,11 +2660,9 @@ def look_of(req):
     looks = {name: said[name] if said[name] in known else known[0] for name, known in LOOKS.items()}
     return looks | {'here': req.url.path, 'locked': parley(req).settings.locked}
 
-
 async def page(req, title='Parley', *content, status=200, **more):
     conversations, demo = await parley(req).store.conversations(owner(req)), parley(req).settings.demo
     return FtResponse(Page(title, conversations, *content, look=look_of(req), demo=demo, **more), status)
-
 
 async def sent(req, question, reply, *more):
     "Answer a send: the two bubbles as a fragment, or the way to the conversation."
@@ -2765,10 +2670,8 @@ async def sent(req, question, reply, *more):
     if not by_htmx(req): return RedirectResponse(place, 303)
     return (await bubble(req, question), await bubble(req, reply), Key(hx_swap_oob='true'), *more)
 
-
 @rt.get('/')
 async def home(req): return await page(req, 'Parley', Empty(parley(req).claude.model))
-
 
 @rt.post('/')
 async def begin(req):
@@ -2781,14 +2684,12 @@ async def begin(req):
                 Ul(ListItem(conversation, conversation.id), id='conversations', hx_swap_oob='afterbegin'),
                 HtmxResponseHeaders(push_url=place))
 
-
 @rt.get('/c/{conversation_id}.json')
 async def as_json(req, conversation_id: str):
     conversation, path = await parley(req).store.path(owner(req), conversation_id)
     return JSONResponse({'id': conversation.id, 'title': conversation.title, 'messages': [
         {name: getattr(m, name) for name in ('idx', 'role', 'content', 'status', 'note', 'model', 'created', 'ended')}
         for m in path]})
-
 
 @rt.get('/c/{conversation_id}.md')
 async def as_markdown(req, conversation_id: str):
@@ -2797,9 +2698,7 @@ async def as_markdown(req, conversation_id: str):
     return PlainTextResponse('\n\n'.join(parts) + '\n', media_type='text/markdown', headers={
         'content-disposition': f'attachment; filename="parley-{conversation.id}.md"'})
 
-
 SHOWN = 30  # messages on a page; older ones are loaded as the reader scrolls up
-
 
 @rt.get('/c/{conversation_id}')
 async def show(req, conversation_id: str):
@@ -2812,14 +2711,12 @@ async def show(req, conversation_id: str):
     return await page(req, conversation.title, *await transcript(req, path), later, current=conversation.id,
                       running=bool(path) and path[-1].status == RUNNING)
 
-
 @rt.get('/c/{conversation_id}/{idx}.md')
 async def as_written(req, conversation_id: str, idx: int):
     "One message, to the letter; shown as text, not downloaded, so that without a script it can be copied too."
     message = await parley(req).store.message(owner(req), conversation_id, idx)
     if not message: raise Refused(404, 'There is no such message here.')
     return PlainTextResponse(message.content)
-
 
 @rt.get('/c/{conversation_id}/{idx}')
 async def fragment(req, conversation_id: str, idx: int):
@@ -2829,13 +2726,11 @@ async def fragment(req, conversation_id: str, idx: int):
     if not by_htmx(req): return RedirectResponse(f'{show.to(conversation_id=conversation_id)}#msg-{idx}', 303)
     return await bubble(req, message, PollingBubble if message.status == RUNNING else Bubble)
 
-
 @rt.post('/c/{conversation_id}')
 async def ask(req, conversation_id: str):
     form = await form_of(req)
     text, key = form.get('message', ''), form.get('key') or None
     return await sent(req, *await parley(req).turns.ask(owner(req), conversation_id, text, key))
-
 
 @rt.post('/c/{conversation_id}/stop')
 async def stop(req, conversation_id: str):
@@ -2843,12 +2738,10 @@ async def stop(req, conversation_id: str):
     place = show.to(conversation_id=conversation_id)
     return Response(status_code=204) if by_htmx(req) else RedirectResponse(place, 303)
 
-
 @rt.post('/c/{conversation_id}/retry')
 async def retry(req, conversation_id: str):
     question, reply = await parley(req).turns.retry(owner(req), conversation_id)
     return await bubble(req, reply) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
-
 
 @rt.post('/look')
 async def remember(req):
@@ -2859,12 +2752,10 @@ async def remember(req):
         if form.get(name) in known: answer.set_cookie(name, form[name], max_age=31_536_000, samesite='lax')
     return answer
 
-
 @rt.get('/login')
 async def login(req):
     place = own_path(req.query_params.get('next', '/'))
     return RedirectResponse(place, 303) if owner(req) else HTMLResponse(to_xml(Login(place)))
-
 
 @rt.post('/login')
 async def enter(req):
@@ -2886,14 +2777,12 @@ async def enter(req):
                       samesite='lax', secure=door.secure(req.scope))
     return answer
 
-
 @rt.post('/logout')
 async def leave(req):
     await parley(req).door.leave(req.scope, 'everywhere' in await form_of(req))
     answer = RedirectResponse('/login', 303)
     answer.delete_cookie(parley(req).door.cookie(req.scope), secure=parley(req).door.secure(req.scope), httponly=True)
     return answer
-
 
 @rt.get('/healthz')
 async def healthz(req):
@@ -2905,14 +2794,12 @@ async def healthz(req):
     except TimeoutError: return JSONResponse({'ok': False, 'why': 'the database is busy'}, 503)
     return JSONResponse({'ok': True})
 
-
 @rt.get('/assets/{file}')
 async def asset_file(req, file: str):
     for url, kind, content in assets().values():
         if url == req.url.path:
             return Response(content, media_type=kind, headers={'cache-control': 'public, max-age=31536000, immutable'})
     raise Refused(404, 'There is no such file here.')
-
 
 async def refused(req, error):
     "A clear error, and nothing is lost: what the person typed is in the composer of the page that says no."
@@ -2934,14 +2821,12 @@ async def refused(req, error):
     return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice)),
                         error.status, headers)
 
-
 # %% [markdown]
 # ## 10 Socket
 #
 # A socket only watches. It sends a snapshot, then what is new, then how it ended, and closes with 1000; while it sends
 # it hears `{"action": "stop"}`. Closing codes of ours, which no client reconnects after: 4400 a message that makes no
 # sense, 4401 the session has ended, 4404 an unknown reply, 4500 a fault of ours.
-
 
 # %%
 async def chat(ws: WebSocket):
@@ -2954,7 +2839,6 @@ async def chat(ws: WebSocket):
     try: await hear(ws, conversation)
     finally: watching.cancel()
 
-
 async def hear(ws, conversation):
     "Read what the page says until it is gone; reading is also what lets the server see pongs and the end."
     while (frame := await ws.receive())['type'] != 'websocket.disconnect':
@@ -2963,7 +2847,6 @@ async def hear(ws, conversation):
         except (ValueError, RecursionError): said = None
         if not isinstance(said, dict): return await ws.close(4400)
         if said.get('action') == 'stop': await parley(ws).turns.stop(owner(ws), conversation)
-
 
 async def watch(ws, message):
     "Show the reply to its end, as it grows or as it stands, and close."
@@ -2978,7 +2861,6 @@ async def watch(ws, message):
             await ws.close(1000)
         except Unusable: await ws.close(4500)
 
-
 async def follow(ws, live):
     "Send the reply as it grows; what is sent has been committed."
     cursor = None
@@ -2988,10 +2870,8 @@ async def follow(ws, live):
         if frame: await ws.send_text(frame)
     parley(ws).shelf.put(live.turn.reply.id, live.html())
 
-
 # %% [markdown]
 # ## 11 App
-
 
 # %%
 def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Door:
@@ -3018,7 +2898,6 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
     app.router.routes.append(WebSocketRoute('/ws/chat/{conversation_id}/{msg_idx}', chat))
     for kind in (Refused, Unusable, HTTPException): app.add_exception_handler(kind, refused)
     return door
-
 
 class Connection(HttpToolsProtocol):
     "uvicorn's, but the head of a request must come in time and end: its own waits for ever, for any number of bytes."
@@ -3052,14 +2931,12 @@ class Connection(HttpToolsProtocol):
         self.late.cancel()
         super().connection_lost(error)
 
-
 def serving(app: Door) -> uvicorn.Config:
     "How uvicorn serves it: bounded, quiet, without banners. Proxies are the Door's matter."
     settings = app.settings
     return uvicorn.Config(app, settings.host, settings.port, log_config=None, access_log=False, server_header=False,
                           proxy_headers=False, http=Connection, ws_max_size=64 * settings.max_frame_chars,
                           timeout_graceful_shutdown=2)
-
 
 class Server(uvicorn.Server):
     "Drains before it closes its sockets: SIGTERM lets running replies end for a while, Ctrl-C does not wait."
@@ -3072,7 +2949,6 @@ class Server(uvicorn.Server):
         await here.turns.close()
         await super().shutdown(sockets)
 
-
 class JsonLines(logging.Formatter):
     "One JSON object a line. Of an exception only its type and where it rose: its text may quote a secret or a message."
     def format(self, record):
@@ -3083,13 +2959,11 @@ class JsonLines(logging.Formatter):
             line |= {'error': type(error).__name__, 'at': [f'{Path(f.filename).name}:{f.lineno}' for f in frames[-8:]]}
         return json.dumps(line | getattr(record, 'fields', {}))
 
-
 def new_hash():
     "A password, typed or piped in but never an argument, which others on the machine could read, as it may be kept."
     password = typed_bytes(getpass('Password: ') if sys.stdin.isatty() else sys.stdin.readline())
     if not 12 <= len(password.decode()) <= LOUDEST: raise SystemExit('a password has at least 12 characters')
     print(scrypt(password, secrets.token_bytes(16)))
-
 
 def main():
     "Run the server as the environment says."
@@ -3108,6 +2982,5 @@ def main():
     if settings.demo: log.info('no key is set: the demo model answers')
     log.info('Parley is at http://%s:%s', settings.host, settings.port)
     with contextlib.suppress(KeyboardInterrupt): Server(serving(app)).run()
-
 
 if __name__ == '__main__' and not NOTEBOOK: main()
