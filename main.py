@@ -1352,6 +1352,8 @@ LINK = re.compile(r'!?\[([^\[\]\n]*)(?:\](?:\([^()\n]*)?)?$')
 RUN = re.compile(r'(`+)(?!`)(?:(?!\1).)*?(?<!`)\1(?!`)|\\[^()[\]]'  # whole code, escapes; and marks that may be open
                  r'|(?P<mark>`+|\*+|~~|(?<![^\W_])_+|_+(?![^\W_])|\$\$?|\\.)', re.S)
 NEW_TEXT = re.compile(r'\n[ \t]*\n|\n[ \t>]*(?:[-+*]|\d+[.)]|#+|\|)(?=[ \t])|\|')
+# a block of a formula that is open
+OPEN_FORMULA = re.compile(r'^[ \t]*(?:\$\$|\\\[)(?:(?!\$\$|\\\]|\n[ \t]*\n)[\s\S])*\Z', re.M)
 def complete(source):
     """`source` with what is open at its end closed, and `END` where letters may follow. For the tail only: this is a
     guess that the next render may overturn; closed blocks never see it."""
@@ -1360,8 +1362,9 @@ def complete(source):
         return source + END if not re.fullmatch(r'[ \t]*[`~]*', line[:100]) else source[:len(source) - len(line)]
     if len(line) < 200 and UNDECIDED.fullmatch(line): source, line = body.rstrip('\n'), ''
     above, newline, row = source.rpartition('\n')
-    if row[:1] == '|' and '|' in row[1:] and len(row) <= CALM and (above + newline)[-2:] in ('', '\n\n'):  # a table
-        return source + (END if row[-1] not in '|*_`\\' else '') + '\n' + '|-' * row.rstrip('| ').count('|') + '|'
+    if row[:1] == '|' in row[1:] and len(row) <= CALM and (above + newline)[-2:] in ('', '\n', '\n\n'):  # a table
+        return source + END * (row[-1] not in '|*_`\\') + '\n' + '|-' * row.rstrip('| ').count('|') + '|'
+    if OPEN_FORMULA.search(source, max(0, len(source) - CALM)): return source + END
     return balanced(source) if line else source
 
 def balanced(source):
@@ -1818,6 +1821,10 @@ def Login(place, notice='', typed=''):
                   P('What you typed is kept.') if typed else None,
                   id='login', method='post', action=enter.to())), lang='en')
 
+# %%
+if NOTEBOOK:
+    print(Frame(1, Text('plain letters')), to_xml(State(replace(reply, status='done', note='All is said.'))), sep='\n')
+
 # %% [markdown]
 # ## 7 Look
 #
@@ -1861,7 +1868,7 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
 .quiet { font-size: var(--tiny); color: var(--soft); padding: .125rem .5rem; border-radius: .375rem;
   text-decoration: none; }
 :is(.round, .quiet, .find, nav a):hover { background: var(--card); color: var(--ink); }
-@media (scripting: none) { .scripted { display: none !important; } }
+@media (scripting: none) { .scripted, body:has([data-status=streaming]) #message { display: none !important; } }
 
 /* Bar */
 #bar { grid-area: bar; position: sticky; top: 0; z-index: 2; display: flex; align-items: center; gap: .25rem;
@@ -2378,6 +2385,10 @@ def assets() -> dict[str, tuple[str, str, bytes]]:
 
 def asset(name): return assets()[name][0]
 
+# %%
+if NOTEBOOK:
+    print(*(url for url, *_ in assets().values()))
+
 # %% [markdown]
 # ## 8 Door
 #
@@ -2605,6 +2616,10 @@ class Door:
             if id in ids: until.reschedule(0)
         if ids: await self.store.end_sessions(ids)
 
+# %%
+if NOTEBOOK:
+    print(own_path('/c/abc'), own_path('//evil.example'), fits(b'open sesame', scrypt(b'open sesame', bytes(16))))
+
 # %% [markdown]
 # ## 9 Pages
 #
@@ -2820,6 +2835,10 @@ async def refused(req, error):
     notice = error.words if typed else ''  # beside the text that is still there, or in the middle of an empty page
     return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice)),
                         error.status, headers)
+
+# %%
+if NOTEBOOK:
+    print(*sorted({path for _, path, *_ in rt.routes}))
 
 # %% [markdown]
 # ## 10 Socket
