@@ -587,7 +587,7 @@ class EventLines:
 
     def feed(self, chunk: bytes) -> list[dict | ValueError]:
         *lines, self.rest = (self.rest + chunk).split(b'\n')
-        if len(self.rest) > LONGEST_EVENT: raise Fault('Claude sent more in one piece than can be read.')
+        if len(self.rest) + sum(map(len, self.data)) > LONGEST_EVENT: raise Fault('Claude sent more in one piece than can be read.')
         events = []
         for line in lines:
             line = line.rstrip(b'\r')
@@ -2215,7 +2215,11 @@ async function copy(text, control) { // `text` may be on its way: Safari wants t
   announce(control.dataset.did);
   setTimeout(() => delete control.dataset.did, 1500);
 }
-const written = async link => (await fetch(link.href)).arrayBuffer();
+async function written(link) {
+  const got = await fetch(link.href);
+  if (!got.ok || got.redirected) throw new Error('signed out');
+  return got.arrayBuffer();
+}
 
 on('click', e => {
   const control = e.target.closest('button, a, .image');

@@ -2852,6 +2852,23 @@ def test_hostile_text_executes_nothing(view, upstream):
         view.page.reload()
 
 @browser_test
+@pytest.mark.parametrize('script', [True, False], ids=['script', 'no script'])
+def test_a_send_after_the_session_ended_brings_its_text_back_after_the_login(profile, new_site, upstream, script):
+    context = profile(java_script_enabled=script)
+    view = View(context, new_site(app_password=PASSWORD, **MANY).url)
+    def sign_in():
+        view.page.fill('#password', PASSWORD)
+        view.page.press('#password', 'Enter')
+        view.page.wait_for_selector('#composer')
+    sign_in()
+    context.clear_cookies()
+    view.composer.fill('typed too late')
+    view.page.locator('.send').click()
+    view.page.wait_for_selector('#password')
+    sign_in()
+    assert view.composer.input_value() == 'typed too late'
+
+@browser_test
 def test_the_corpus_opens_no_dialog_asks_no_other_host_and_leaves_the_console_empty(profile, new_site, upstream):
     site = new_site()
     with socket.create_server(('127.0.0.1', 0)) as canary:
