@@ -587,7 +587,8 @@ class EventLines:
 
     def feed(self, chunk: bytes) -> list[dict | ValueError]:
         *lines, self.rest = (self.rest + chunk).split(b'\n')
-        if len(self.rest) + sum(map(len, self.data)) > LONGEST_EVENT: raise Fault('Claude sent more in one piece than can be read.')
+        if len(self.rest) + sum(map(len, self.data)) > LONGEST_EVENT:
+            raise Fault('Claude sent more in one piece than can be read.')
         events = []
         for line in lines:
             line = line.rstrip(b'\r')
@@ -1922,8 +1923,9 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 @media (scripting: none) { .state #stop { display: block; } }
 .message:not(:last-of-type) .retry { display: none; }
 /* at work: a quiet pulse, then a caret where the text ends */
-[data-status=streaming] :is(.content:empty, [id^=tail-]:only-child:empty)::after { content: 'Claude is thinking';
-  color: var(--soft); font: var(--small)/1.6 var(--ui); animation: pulse 1.6s ease-in-out infinite alternate; }
+[data-status=streaming]:not(:has(.state p)) :is(.content:empty, [id^=tail-]:only-child:empty)::after {
+  content: 'Claude is thinking'; color: var(--soft); font: var(--small)/1.6 var(--ui);
+  animation: pulse 1.6s ease-in-out infinite alternate; }
 [id^=end-]::after { content: ''; border-left: .15em solid var(--accent); margin-left: .15em; font-size: .8em; }
 @keyframes pulse { from { opacity: .55; } }
 
@@ -1938,7 +1940,7 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .content :is(h3, h4, h5, h6) { font-size: 1.0625rem; }
 .content :is(ul, ol) { padding-left: 1.5rem; } .content li > :is(ul, ol, p) { margin: .25rem 0 0; }
 .content li { margin-bottom: .25rem; } .content li::marker { color: var(--soft); font-variant-numeric: tabular-nums; }
-.content .task { list-style: none; margin-left: -1.375rem; }
+.content .task { list-style: none; margin-left: -1.375rem; } .content .task > :is(ul, ol) { margin-left: 1.375rem; }
 .content blockquote { padding-left: 1rem; border-left: 2px solid var(--edge); color: var(--soft); }
 .content hr { border: 0; border-top: 1px solid var(--line); margin: 2rem 0; }
 .content code { font: .875em/1.5 var(--code); background: var(--card); border-radius: .25rem; padding: .1em .3em; }
@@ -2125,7 +2127,7 @@ function poll(bubble) { // a copy, so that the extension finds the element of it
   say('live, without a socket');
 }
 on('htmx:afterSwap', e => {
-  const polled = e.detail.elt?.matches?.('.message[hx-trigger]') && $('#' + e.detail.elt.id);
+  const asked = e.detail.requestConfig?.elt, polled = asked?.matches('.message[hx-trigger]') && $('#' + asked.id);
   if (polled && polled.dataset.status !== 'streaming') over(polled);
 });
 

@@ -2752,6 +2752,7 @@ def test_where_sockets_are_blocked_the_bubble_polls(profile, site, upstream):
     assert view.until('half')
     gate.open()
     assert view.ends() == 'half whole' and len(view.sockets) >= 2
+    assert view.eventually(lambda: view.page.locator('#link').inner_text() == 'finished')
     opened = len(view.sockets)
     view.page.wait_for_timeout(2500)        # a socket that were still wanted would have been tried again by now
     assert len(view.sockets) == opened
