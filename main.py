@@ -11,7 +11,7 @@
 #
 # Read from the top: a section uses only what stands above it. It opens as a notebook too, and every `Try it` cell runs.
 #
-# It does not: share one conversation between people, run several processes on one database, call tools, or phone home.
+# It does not: know several people, run several processes on one database, branch, search, call tools, or phone home.
 
 # %%
 import asyncio
@@ -32,6 +32,7 @@ import resource
 import secrets
 import shutil
 import signal
+import socket
 import stat
 import sys
 import time
@@ -2279,7 +2280,8 @@ composer.addEventListener('htmx:beforeRequest', e => {
   $('#notice').textContent = '';
   pinned = true;
 });
-composer.addEventListener('htmx:beforeSwap', e => { // another tab was faster, or this was sent before: show the truth
+on('htmx:beforeSwap', e => { // another tab was faster, or this was sent before: show the truth
+  if (e.detail.requestConfig.elt !== composer) return;
   const first = Number(e.detail.xhr.responseText.match(/id="msg-(\d+)"/)?.[1] ?? -1);
   if (e.detail.xhr.status >= 400 || first < 0) return;
   if (!$('#msg-' + first) && (first === 0 || $('#msg-' + (first - 1)))) return;
@@ -3005,7 +3007,11 @@ def main():
     try: app = create_app(settings)
     except Unusable as error: raise SystemExit(f'{settings.database}: {error}') from None
     if settings.demo: log.info('no key is set: the demo model answers')
-    log.info('Parley is at http://%s:%s', settings.host, settings.port)
-    with contextlib.suppress(KeyboardInterrupt): Server(serving(app)).run()
+    family = socket.AF_INET6 if ':' in settings.host else socket.AF_INET
+    try: door = socket.create_server((settings.host.strip('[]'), settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise SystemExit(f'HOST and PORT: {settings.host}:{settings.port} can not be had ({error.strerror})') from None
+    log.info('Parley is at http://%s:%s', settings.host, door.getsockname()[1])
+    with contextlib.suppress(KeyboardInterrupt): Server(serving(app)).run(sockets=[door])
 
 if __name__ == '__main__' and not NOTEBOOK: main()

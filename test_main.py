@@ -2702,6 +2702,14 @@ def test_two_tabs_show_the_same(view, upstream):
     assert len(upstream.called(question)) == 1 and not other.console
 
 @browser_test
+def test_a_tab_that_is_behind_shows_everything_once_it_sends(view, upstream):
+    view.send(upstream.says('first')).ends()
+    other = View(view.profile, view.page.url)
+    view.send(upstream.says('second')).ends(idx=3)
+    other.send(upstream.says('third')).ends(idx=5)
+    assert [other.text(idx) for idx in (1, 3, 5)] == ['first', 'second', 'third'] and not other.console
+
+@browser_test
 def test_the_stop_button_stops(view, upstream):
     view.send(question := upstream.says('half ', HANG)).until('half')
     view.button('stop').first.click()
