@@ -169,7 +169,7 @@ class Settings:
     def _checked(self):
         if not self.database_url.startswith('sqlite:///') or not self.database_url[10:]:
             raise SystemExit('DATABASE_URL must look like sqlite:///data/parley.db: only SQLite is supported so far')
-        if self.base_url and urlsplit(self.base_url).scheme not in ('http', 'https'):
+        if self.base_url and not re.match(r'https?://[^\s/\[]+|https?://\[[0-9a-fA-F:.]+\]', self.base_url):
             raise SystemExit('ANTHROPIC_BASE_URL must begin with http:// or https://')
         if self.log_level.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
             raise SystemExit('LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR')
@@ -257,6 +257,7 @@ class Session:
 
 OWNER = 'owner'  # one person for now; every row carries it, so that there can be more
 RUNNING = 'streaming'
+STOPPED = 'Parley was stopped while this was being written.'
 
 class Refused(Exception):
     "What can't be done, with an HTTP `status` and `words` for the person. `typed` is the text that must not be lost."
@@ -284,9 +285,9 @@ def in_words():
 @contextlib.contextmanager
 def transaction(conn, durable=False):
     "One transaction. `durable` waits for the disk (FULL): a question survives a power cut, a frame a `kill -9`."
-    if durable: conn.pragma('synchronous', 'full')
-    conn.execute('begin immediate')
     try:
+        if durable: conn.pragma('synchronous', 'full')
+        conn.execute('begin immediate')
         yield
         conn.execute('commit')
     except BaseException:
@@ -298,13 +299,16 @@ def transaction(conn, durable=False):
 def verb(thread, scope=lambda conn: contextlib.nullcontext()):
     "Make a plain method (self, db, …) a coroutine that runs on the `reads` or the `writes` thread, within `scope`."
     def wrap(work):
-        def run(self, args, kwargs):
+        def run(self, asked, args, kwargs):
             db = self.db[thread]
+            waited = time.monotonic() - asked  # behind others: five seconds are the most that anybody waits for a lock
+            db.conn.set_busy_timeout(max(1, int(5000 - 1000 * waited)))
             with in_words(), scope(db.conn): return work(self, db, *args, **kwargs)
 
         @functools.wraps(work)
         async def call(self, *args, **kwargs):
-            return await asyncio.get_running_loop().run_in_executor(self.threads[thread], run, self, args, kwargs)
+            loop, asked = asyncio.get_running_loop(), time.monotonic()
+            return await loop.run_in_executor(self.threads[thread], run, self, asked, args, kwargs)
         return call
     return wrap
 
@@ -339,7 +343,7 @@ class Store:
     takes the lock of the one process that may write. Raises `Unusable` when that can't be."""
 
     def __init__(self, file: Path, limits: Settings | None = None):
-        self.file, self.limits = file, limits or Settings()
+        self.file, self.limits = file.resolve(), limits or Settings()  # a link has no lock of its own
         self.threads = {name: ThreadPoolExecutor(1, name) for name in ('reads', 'writes')}
         self.db: dict[str, Database] = {}
         with in_words(): self._open()
@@ -381,7 +385,8 @@ class Store:
     def _migrate(self, db, new):
         version = db.conn.pragma('user_version')
         if version > len(SCHEMA): raise Unusable('the database was written by a newer Parley')
-        if not version and not new: raise Unusable('the file is a database, but not one of Parley')
+        if not version and not new and db.q('select 1 from sqlite_master'):
+            raise Unusable('the file is a database, but not one of Parley')
         for number, step in enumerate(SCHEMA[version:], version + 1):
             with transaction(db.conn, durable=True):
                 step(db)
@@ -391,7 +396,7 @@ class Store:
         "After a crash no row says `streaming`: what was running is interrupted and keeps its text."
         with transaction(db.conn, durable=True):
             for row in db.q('select id from message where status = ?', [RUNNING]):
-                self._end(db, row['id'], 'interrupted', 'Parley was stopped while this was being written.')
+                self._end(db, row['id'], 'interrupted', STOPPED)
 
     def close(self):
         for thread in self.threads.values(): thread.shutdown()
@@ -402,7 +407,8 @@ class Store:
         "The key that signs sessions: made once, kept beside the database, readable by its owner only."
         file = self.file.with_name('session.secret')
         with in_words():
-            if not file.exists():
+            if not file.exists() or not file.read_text().strip():
+                file.unlink(missing_ok=True)
                 with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as new:
                     new.write(secrets.token_urlsafe(32))
             file.chmod(0o600)
@@ -433,15 +439,18 @@ class Store:
         path = self._path(db, owner, conversation, min(idx, 2**31))  # a number from outside may be of any size
         return next((m for m in path if m.idx == idx), None)
 
+    @reads
+    def sent(self, db, owner, conversation, text, key) -> tuple[Message, Message] | None:
+        "What the same send saved before. Raises `Refused` 409 when the key was used for another text."
+        return self._sent(db, owner, conversation, text, key)
+
     @writes_durably
     def ask(self, db, owner, conversation, text, key, model) -> tuple[Message, Message, bool]:
         """Save a question and its empty reply, in a new conversation if `conversation` is None.
 
         Returns both and whether they are new: the same `key` again finds what the first send saved.
         Raises `Refused`: 404 no such conversation, 409 a reply is running or the key was used for another text."""
-        if sent := self._sent(db, owner, conversation, key):
-            if sent[0].content != text: raise Refused(409, 'This was sent already with another text.', text)
-            return *sent, False
+        if sent := self._sent(db, owner, conversation, text, key): return *sent, False
         if shutil.disk_usage(self.file.parent).free < self.limits.min_free_bytes:  # else not even deleting would work
             raise Unusable('the disk is nearly full')
         leaf = None
@@ -491,16 +500,18 @@ class Store:
 
     def _row(self, db, id): return Message(**db.q('select * from message where id = ?', [id])[0])
 
-    def _sent(self, db, owner, conversation, key):
+    def _sent(self, db, owner, conversation, text, key):
         if not key: return None
         where, value = ('parent is null and owner', owner) if conversation is None else ('conversation', conversation)
         rows = db.q(f'select * from message where {where} = ? and key = ? and owner = ?', [value, key, owner])
-        return rows and [Message(**row) for row in (
-            rows[0], db.q('select * from message where parent = ? order by id desc limit 1', [rows[0]['id']])[0])]
+        if not rows: return None
+        if rows[0]['content'] != text: raise Refused(409, 'This was sent already with another text.', text)
+        reply = db.q('select * from message where parent = ? order by id desc limit 1', [rows[0]['id']])[0]
+        return Message(**rows[0]), Message(**reply)
 
     def _begin(self, db, owner, text):
         now, id = time.time(), secrets.token_urlsafe(12)
-        title, most = ' '.join(text[:400].split()), self.limits.max_title_chars
+        title, most = ' '.join(text.split(None, 60)[:60]), self.limits.max_title_chars
         title = title if len(title) <= most else title[:most - 1].rsplit(' ', 1)[0] + '…'
         self._insert(db, 'conversation', id=id, owner=owner, title=title, created=now, updated=now)
         return id
@@ -584,20 +595,23 @@ def until_next(frame: float) -> float:
 
 class EventLines:
     "The events of a `text/event-stream`, from bytes cut anywhere. Raises `Fault` for a line that never ends."
-    def __init__(self): self.rest, self.data = b'', []
+    def __init__(self): self.rest, self.data = bytearray(), bytearray()
 
-    def feed(self, chunk: bytes) -> list[dict | ValueError]:
-        *lines, self.rest = (self.rest + chunk).split(b'\n')
-        if len(self.rest) + sum(map(len, self.data)) > LONGEST_EVENT:
+    def feed(self, chunk: bytes) -> list[dict | Exception]:
+        "The events that `chunk` completes; one that can't be read stands among them as the exception it raised."
+        self.rest += chunk
+        if len(self.rest) + len(self.data) > LONGEST_EVENT:
             raise Fault('Claude sent more in one piece than can be read.')
+        if b'\n' not in chunk: return []  # so that a line of many pieces is looked through once
+        *lines, self.rest = self.rest.split(b'\n')
         events = []
         for line in lines:
             line = line.rstrip(b'\r')
-            if line.startswith(b'data:'): self.data.append(line[5:])
+            if line.startswith(b'data:'): self.data += line[5:] + b'\n'
             elif not line and self.data:
-                try: events.append(json.loads(b'\n'.join(self.data)))
-                except ValueError as error: events.append(error)
-                self.data = []
+                try: events.append(json.loads(self.data))
+                except (ValueError, RecursionError) as error: events.append(error)
+                self.data = bytearray()
         return events
 
 def whole(text: str, held: str) -> tuple[str, str]:
@@ -615,7 +629,8 @@ class Claude:
         if settings.demo and http is None: http = httpx2.AsyncClient(transport=Demo())
         self.sdk = anthropic.AsyncAnthropic(
             api_key=settings.api_key or (None if settings.auth_token else 'none'),
-            auth_token=settings.auth_token or None, base_url=settings.base_url or None, max_retries=0,
+            auth_token=settings.auth_token or None, max_retries=0,
+            base_url=settings.base_url or 'https://api.anthropic.com',  # else the SDK would read the environment itself
             default_headers={'accept-encoding': 'identity'}, timeout=httpx2.Timeout(settings.idle_seconds, connect=10),
             http_client=http or anthropic.DefaultAsyncHttpxClient(follow_redirects=False))
 
@@ -652,12 +667,13 @@ class Claude:
                 said, fault = [], None
                 try:
                     for event in events:
-                        if isinstance(event, ValueError): raise event
+                        if isinstance(event, Exception): raise event
                         heard = heard or event['type'] != 'error'
                         match event['type']:
                             case 'content_block_delta' if event['delta']['type'] == 'text_delta':
-                                said.append(event['delta']['text'])
-                            case 'content_block_start': blocks.append([event['content_block'], []])
+                                said.append(text := event['delta']['text'])
+                                if blocks: blocks[-1]['text'] = blocks[-1].get('text', '') + text
+                            case 'content_block_start': blocks.append({**event['content_block']})
                             case 'message_delta': reason = event['delta'].get('stop_reason') or reason
                             case 'error': raise upstream_error(event['error'])
                             case 'message_stop':
@@ -665,7 +681,6 @@ class Claude:
                                 break  # what comes after it does not count
                 except Exception as error: fault = error  # noqa: BLE001 raised once what came before it is said
                 if said:
-                    if blocks: blocks[-1][1] += said
                     text, held = whole(''.join(said), held)
                     silent = silent and not text
                     if text: yield text
@@ -675,12 +690,11 @@ class Claude:
             if not heard: raise Fault(FOREIGN)
             if not complete or not reason: raise Fault(BROKE_OFF, status='interrupted')
             if reason != 'pause_turn': break
-            turns = [*turns, {'role': 'assistant', 'content': [
-                {**block, 'text': ''.join(text)} if block['type'] == 'text' else block for block, text in blocks]}]
+            turns = [*turns, {'role': 'assistant', 'content': [block for block in blocks if block.get('text', True)]}]
         note = STOPS.get(reason, f'Claude stopped for a reason that is not known here: {str(reason)[:40]}.')
         yield Ended('done', note or 'Claude answered without words.' * silent)
 
-    async def _reads(self, turns) -> AsyncIterator[list[dict | ValueError]]:
+    async def _reads(self, turns) -> AsyncIterator[list[dict | Exception]]:
         "The events of each read of the connection. Silence, endless pings and another protocol are faults."
         limits, clock = self.settings, time.monotonic
         async with contextlib.AsyncExitStack() as stack:
@@ -745,7 +759,7 @@ def explain(error: Exception, said: bool, settings: Settings) -> Fault:
             asks = f' and asks to wait {after:.0f} s before Retry' if after and after > LONGEST_WAIT else ''
             return Fault(f'{BUSY} ({code}){asks}.', again=True, after=after)
         case anthropic.APIStatusError(status_code=404):
-            return Fault(f'The server at the base URL has no model “{settings.model}”: set MODEL.')
+            return Fault(f'The server at the base URL knows no such address or no model “{settings.model}”: set MODEL.')
         case anthropic.APIStatusError(body={'error': {'message': str()} as told}): return upstream_error(told)
         case anthropic.APIStatusError(): return Fault(FOREIGN)
         case TimeoutError() | anthropic.APITimeoutError() | httpx2.TimeoutException():
@@ -891,6 +905,7 @@ class Turns:
 
     async def _asked(self, owner, conversation, text, key):
         "Shielded, so that a client that hangs up between the commit and the start leaves no reply without its task."
+        if before := await self.store.sent(owner, conversation, text, key): return before
         with self._open_for(owner, text, conversation is None):
             question, reply, new = await self.store.ask(owner, conversation, text, key, self.claude.model)
             if new: self._start(reply)
@@ -928,8 +943,8 @@ class Turns:
 
     async def stop(self, owner, conversation):
         "Stop the running reply, from any tab and at any moment; returns when that is committed. Raises `Refused` 404."
-        await self.store.path(owner, conversation, 2**31)  # raises if there is none
-        if not (turn := self.running.get(conversation)): return
+        turn = self.running.get(conversation)
+        if not turn or turn.reply.owner != owner: return await self.store.path(owner, conversation, 2**31)  # may be 404
         turn.cancel(Ended('stopped'))
         await self._over([turn], 2)
 
@@ -937,7 +952,7 @@ class Turns:
         "Take no more questions and save what runs as interrupted."
         self.closing = True
         for turn in self.running.values():
-            turn.cancel(Ended('interrupted', 'Parley was stopped while this was being written.'))
+            turn.cancel(Ended('interrupted', STOPPED))
         await self._over(list(self.running.values()), 2)
         if self.keeper: self.keeper.cancel()
 
@@ -951,7 +966,8 @@ class Turns:
         turn = self.running[reply.conversation] = Turn(reply)
         turn.task = asyncio.create_task(self._write(turn))
         turn.task.add_done_callback(functools.partial(self._written, turn))
-        self.keeper = self.keeper or asyncio.create_task(self._keep())
+        if not self.keeper or self.keeper.done(): self.keeper = asyncio.create_task(self._keep())
+        if self.closing: turn.cancel(Ended('interrupted', STOPPED))
 
     async def _write(self, turn):
         "The one owner of a reply: hears Claude out, or as far as it goes."
@@ -994,9 +1010,12 @@ class Turns:
             self.grew.clear()
             self.began.clear()
             committed = time.monotonic()
-            try: await self._commit([turn for turn in self.running.values() if turn.unsaved or turn.end])
-            except Unusable as error:
-                for turn in self.running.values(): turn.show(f'Not saved yet: {error}. Trying again.')
+            grown = [turn for turn in self.running.values() if turn.unsaved or turn.end]
+            try: await self._commit(grown)
+            except Exception as error:  # noqa: BLE001 whatever it is: without this loop no reply would ever end
+                log.error('a frame was not saved: %s', type(error).__name__)
+                words = error if isinstance(error, Unusable) else 'the database failed'
+                for turn in grown: turn.show(f'Not saved yet: {words}. Trying again.')
                 await asyncio.sleep(1)
                 self.grew.set()
 
@@ -1631,14 +1650,15 @@ class LiveReply:
         turn.view = turn.view or cls(turn)
         return turn.view
 
-    async def catch_up(self):
-        """Typeset what was committed since the last call: at once if it is little, in a thread if it may take long
-        (shielded then: a viewer that leaves must not take a frame with it)."""
+    async def now(self, look):
+        """What `look()` says once all that is committed is typeset: at once if it is little, in a thread if it may take
+        long (shielded then: a viewer that leaves must not take a frame with it). Nobody looks while a thread sets."""
         if self.lock.locked() or self.words.heavy or self.turn.over or sum(map(len, self._new())) > 2_000:
-            await asyncio.shield(self._catch_up())
-        else: self._add(self.words.feed(self._read()))
+            return await asyncio.shield(self._now(look))
+        self._add(self.words.feed(self._read()))
+        return look()
 
-    async def _catch_up(self):
+    async def _now(self, look):
         async with self.lock:
             over, changes = self.turn.over, []
             if text := self._read(): changes = await asyncio.to_thread(self.words.feed, text)
@@ -1646,6 +1666,7 @@ class LiveReply:
                 changes += await asyncio.to_thread(self.words.finish)
                 self.finished = True
             self._add(changes)
+            return look()
 
     def _new(self): return self.turn.pieces[self.read:]
 
@@ -2666,9 +2687,10 @@ async def form_of(req: Request) -> dict[str, str]:
 
 async def bubble(req, message, make=Reply):
     "The bubble of a message as it is now, running or not."
-    if turn := parley(req).turns.find(message):
-        await (live := LiveReply.of(turn)).catch_up()
-        return make(message, live.html())
+    turn = message.status == RUNNING and parley(req).turns.find(message)
+    if turn:
+        live = LiveReply.of(turn)
+        return make(message, await live.now(live.html))
     if message.status == RUNNING:  # it has ended since it was read
         message = await parley(req).store.message(owner(req), message.conversation, message.idx)
     return make(message, await parley(req).shelf.content(message))
@@ -2826,7 +2848,9 @@ async def asset_file(req, file: str):
 
 async def refused(req, error):
     "A clear error, and nothing is lost: what the person typed is in the composer of the page that says no."
-    if isinstance(error, Unusable): error = Refused(503, f'Not saved: {error}. Your text is still here.')
+    if isinstance(error, Unusable):
+        kept = '. Your text is still here.' if req.method == 'POST' else '. Try again in a moment.'
+        error = Refused(503, f'{"Not saved" if req.method == "POST" else "Not to be read now"}: {error}{kept}')
     if isinstance(error, HTTPException):
         words = 'There is nothing here.' if error.status_code in (404, 405) else 'This is no form that can be read.'
         error = Refused(error.status_code, words)
@@ -2859,11 +2883,8 @@ if NOTEBOOK:
 async def chat(ws: WebSocket):
     "WS /ws/chat/{conversation_id}/{msg_idx}"
     await ws.accept()
-    conversation, idx = ws.path_params['conversation_id'], ws.path_params['msg_idx']
-    message = idx.isdecimal() and len(idx) < 9 and await parley(ws).store.message(owner(ws), conversation, int(idx))
-    if not message or message.role != 'assistant': return await ws.close(4404)
-    watching = asyncio.create_task(watch(ws, message))
-    try: await hear(ws, conversation)
+    watching = asyncio.create_task(watch(ws, **ws.path_params))
+    try: await hear(ws, ws.path_params['conversation_id'])
     finally: watching.cancel()
 
 async def hear(ws, conversation):
@@ -2873,27 +2894,32 @@ async def hear(ws, conversation):
         try: said = json.loads(text) if len(text) <= parley(ws).settings.max_frame_chars else None
         except (ValueError, RecursionError): said = None
         if not isinstance(said, dict): return await ws.close(4400)
-        if said.get('action') == 'stop': await parley(ws).turns.stop(owner(ws), conversation)
+        if said.get('action') == 'stop':
+            with contextlib.suppress(Refused, Unusable): await parley(ws).turns.stop(owner(ws), conversation)
 
-async def watch(ws, message):
+async def watch(ws, conversation_id, msg_idx):
     "Show the reply to its end, as it grows or as it stands, and close."
-    with contextlib.suppress(WebSocketDisconnect):
-        try:
-            if turn := parley(ws).turns.find(message): await follow(ws, LiveReply.of(turn))
-            else:
-                message = await parley(ws).store.message(owner(ws), message.conversation, message.idx)
-                if message.status == RUNNING: return await ws.close(1012)  # just begun anew: come again
-                html = await parley(ws).shelf.content(message)
-                await ws.send_text(Snapshot(message.idx, html) + StateFrame(message))
-            await ws.close(1000)
-        except Unusable: await ws.close(4500)
+    here, idx = parley(ws), int(msg_idx) if msg_idx.isdecimal() and len(msg_idx) < 9 else -1
+    try:
+        message = await here.store.message(owner(ws), conversation_id, idx)
+        if not message or message.role != 'assistant': return await ws.close(4404)
+        if turn := here.turns.find(message): await follow(ws, LiveReply.of(turn))
+        else:
+            message = await here.store.message(owner(ws), conversation_id, idx)
+            if message.status == RUNNING: return await ws.close(1012)  # just begun anew: come again
+            await ws.send_text(Snapshot(idx, await here.shelf.content(message)) + StateFrame(message))
+        await ws.close(1000)
+    except WebSocketDisconnect: pass
+    except Exception as error:  # noqa: BLE001 no close frame would be a loop of reconnections
+        log.error('a socket failed: %s', type(error).__name__)
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError): await ws.close(4500)
+
 
 async def follow(ws, live):
     "Send the reply as it grows; what is sent has been committed."
     cursor = None
     async for _ in live.turn.follow():
-        await live.catch_up()
-        cursor, frame = live.since(cursor)
+        cursor, frame = await live.now(functools.partial(live.since, cursor))
         if frame: await ws.send_text(frame)
     parley(ws).shelf.put(live.turn.reply.id, live.html())
 
