@@ -3,8 +3,8 @@ FROM python:3.13-slim
 WORKDIR /app
 COPY requirements.txt .
 # What only tests need stays out; django-htmx comes without Django, which nothing imports.
-RUN --mount=type=cache,target=/root/.cache/pip \
-    grep -vE '# test:|^django-htmx' requirements.txt > /tmp/run.txt \
+RUN --mount=type=cache,target=/pip export PIP_CACHE_DIR=/pip \
+    && grep -vE '# test:|^django-htmx' requirements.txt > /tmp/run.txt \
     && pip install --root-user-action=ignore -r /tmp/run.txt \
     && pip install --root-user-action=ignore --no-deps "$(grep -oE '^django-htmx==[0-9.]+' requirements.txt)" \
     && useradd --uid 1000 --no-create-home parley \
