@@ -2,8 +2,9 @@
 FROM python:3.13-slim
 WORKDIR /app
 COPY requirements.txt .
-# What only tests need stays out; django-htmx comes without Django, which nothing imports.
-# hadolint ignore=DL3042 pip's cache is a mount and never in the image
+# What only tests need stays out; django-htmx comes without Django, which nothing imports. Pip's cache is a mount and
+# never in the image.
+# hadolint ignore=DL3042
 RUN --mount=type=cache,target=/pip export PIP_CACHE_DIR=/pip \
     && grep -vE '# test:|^django-htmx' requirements.txt > /tmp/run.txt \
     && pip install --root-user-action=ignore -r /tmp/run.txt \
