@@ -436,7 +436,8 @@ class Store:
     @reads
     def message(self, db, owner, conversation, idx) -> Message | None:
         "The message of depth `idx` on the current path."
-        path = self._path(db, owner, conversation, min(idx, 2**31))  # a number from outside may be of any size
+        first = min(idx, 2**31)  # a number from outside may be of any size
+        path = self._path(db, owner, conversation, first, first + 1)
         return next((m for m in path if m.idx == idx), None)
 
     @reads
@@ -866,9 +867,9 @@ class Turn:
         self.cut_off = Ended('stopped')
         self.changed = asyncio.Event()
 
-    def show(self, notice: str | None = None):
+    def show(self, notice: str):
         "Wake all who follow; each finds by itself what is new."
-        if notice is not None: self.notice = notice
+        self.notice = notice
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
@@ -905,7 +906,7 @@ class Turns:
 
     async def _asked(self, owner, conversation, text, key):
         "Shielded, so that a client that hangs up between the commit and the start leaves no reply without its task."
-        if before := await self.store.sent(owner, conversation, text, key): return before
+        if key and (before := await self.store.sent(owner, conversation, text, key)): return before
         with self._open_for(owner, text, conversation is None):
             question, reply, new = await self.store.ask(owner, conversation, text, key, self.claude.model)
             if new: self._start(reply)
