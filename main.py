@@ -45,7 +45,7 @@ from dataclasses import dataclass, field, fields, replace
 from getpass import getpass
 from html import escape, unescape
 from ipaddress import ip_network
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -221,10 +221,16 @@ class Conversation:
     leaf: int | None
     created: float  # seconds since 1970, as all times here
     updated: float
+    named: int = 0  # who gave the title: 0 its first words, 1 Claude, 2 a person
+    pinned: float | None = None  # since when
+    trashed: float | None = None  # since when it is in the trash
+    seen: float = 0  # when a person last looked at it
+    choices: dict = field(default_factory=dict)  # what was chosen for it: model, system prompt, tools …
 
 @dataclass
 class Message:
-    "One message. `idx` is its depth on the path from 0; `content` is the exact Markdown; `note` says how it ended."
+    """One message. `idx` is its depth on the path from 0; `content` is the exact Markdown that people see and search;
+    `note` says how it ended; `blocks` are the API's content blocks when there is more to send back than `content`."""
     id: int
     conversation: str
     owner: str
@@ -238,13 +244,17 @@ class Message:
     key: str | None  # made by the page: the same key again is the same send
     created: float
     ended: float | None
+    blocks: list = field(default_factory=list)
+    meta: dict = field(default_factory=dict)  # of a reply: usage, timings, request id
 
 @dataclass
 class Piece:
-    "What a running reply said in one frame; (message, seq) is the cursor of whoever watches it."
+    """What a running reply said in one frame; (message, seq) is the cursor of whoever watches it. Its `kind` is `text`
+    for Markdown, `thought` for thinking, `block` for a content block of the API that is whole, as JSON."""
     message: int
     seq: int
     text: str
+    kind: str = 'text'
 
 @dataclass
 class Session:
@@ -317,26 +327,67 @@ writes_durably = verb('writes', functools.partial(transaction, durable=True))
 
 ENDLESS = 1 << 60  # deeper than any path
 # the text of a message, wherever it is kept at the moment
-TEXT = "content || coalesce((select group_concat(text, '' order by seq) from piece where message = m.id), '')"
+TEXT = """content || coalesce((select group_concat(text, '' order by seq) from piece
+                               where message = m.id and kind = 'text'), '')"""
 PATH = f'''with recursive path(id) as (
     select leaf from conversation where id = :conversation and owner = :owner
     union all select m.parent from message m join path on m.id = path.id where m.idx > :first)
-select m.id, conversation, owner, parent, idx, role, {TEXT} as content, status, note, model, key, created, ended
-from message m join path on m.id = path.id where m.idx < :before order by idx'''
+select m.id, conversation, owner, parent, idx, role, {TEXT} as content, status, note, model, key, created, ended,
+       blocks, meta from message m join path on m.id = path.id where m.idx < :before order by idx'''
 
-def schema_1(db):
-    "The first schema. Later ones are further steps: never an edit of this one."
-    db.create(Conversation, pk='id')
-    db.create(Message, pk='id', foreign_keys=[('conversation', 'conversation', 'id')])
-    db.create(Piece, pk=('message', 'seq'), foreign_keys=[('message', 'message', 'id')])
-    db.create(Session, pk='id')
-    db.execute('create index conversation_by_time on conversation (owner, updated desc)')
-    db.execute('create index message_by_parent on message (parent)')
-    db.execute('create unique index message_by_key on message (conversation, key)')
-    db.execute('create unique index first_by_key on message (owner, key) where parent is null')
-    db.execute("create index message_running on message (conversation) where status = 'streaming'")
+# Numbered steps by `user_version`, each one transaction. A step that was released is never edited: a new one follows.
+SCHEMA = ['''
+create table conversation (id text primary key, owner text, title text, leaf integer, created float, updated float);
+create table message (
+    id integer primary key, conversation text references conversation(id) on update cascade on delete cascade,
+    owner text, parent integer, idx integer, role text, content text, status text, note text, model text, key text,
+    created float, ended float);
+create table piece (message integer references message(id) on update cascade on delete cascade, seq integer, text text,
+    primary key (message, seq));
+create table session (id text primary key, owner text, password text, created float, seen float);
+create index conversation_by_time on conversation (owner, updated desc);
+create index message_by_parent on message (parent);
+create unique index message_by_key on message (conversation, key);
+create unique index first_by_key on message (owner, key) where parent is null;
+create index message_running on message (conversation) where status = 'streaming';
+''', '''
+alter table conversation add column named integer not null default 0;
+alter table conversation add column pinned float;
+alter table conversation add column trashed float;
+alter table conversation add column seen float not null default 0;
+alter table conversation add column choices text not null default '{}';
+update conversation set seen = unixepoch('subsec');
+alter table message add column blocks text not null default '[]';
+alter table message add column meta text not null default '{}';
+alter table piece add column kind text not null default 'text';
+''']
 
-SCHEMA = [schema_1]
+def as_row(row: dict, kind):
+    "A row as an object of its class: columns that hold JSON become what they stand for."
+    return kind(**{name: json.loads(value) if name in ('choices', 'blocks', 'meta') else value
+                   for name, value in row.items()})
+
+def folded(pieces: list[tuple[str, str]]) -> tuple[str, list[dict]]:
+    """What a reply said, from its (kind, text) in order: its Markdown, and the API's blocks if it is more than text.
+    A whole block takes the place of what was heard of it before; what never became whole stays as far as it was heard,
+    thinking without its signature."""
+    content, blocks, heard = ''.join(text for kind, text in pieces if kind == 'text'), [], {'text': '', 'thought': ''}
+    def flush():
+        if heard['thought']: blocks.append({'type': 'thinking', 'thinking': heard['thought']})
+        if heard['text'].strip(): blocks.append({'type': 'text', 'text': heard['text']})
+        heard.update(text='', thought='')
+    for kind, text in pieces:
+        if kind != 'block':
+            if not heard[kind]: flush()
+            heard[kind] += text
+            continue
+        block = json.loads(text)
+        own = {'text': 'text', 'thinking': 'thought'}.get(block['type'])
+        if own: heard[own] = ''
+        flush()
+        blocks.append(block)
+    flush()
+    return content, blocks if any(block.keys() != {'type', 'text'} for block in blocks) else []
 
 class Store:
     """Every SQL statement, as verbs. Opening it makes or migrates the database, ends what a crash left running and
@@ -389,7 +440,7 @@ class Store:
             raise Unusable('the file is a database, but not one of Parley')
         for number, step in enumerate(SCHEMA[version:], version + 1):
             with transaction(db.conn, durable=True):
-                step(db)
+                db.conn.execute(step)
                 db.conn.pragma('user_version', number)
 
     def _sweep(self, db):
@@ -423,7 +474,7 @@ class Store:
     def conversations(self, db, owner, limit=50) -> list[Conversation]:
         "The newest conversations first."
         rows = db.q('select * from conversation where owner = ? order by updated desc limit ?', [owner, limit])
-        return [Conversation(**row) for row in rows]
+        return [as_row(row, Conversation) for row in rows]
 
     @reads
     def path(self, db, owner, conversation, first=0, before=ENDLESS, last=None) -> tuple[Conversation, list[Message]]:
@@ -469,14 +520,15 @@ class Store:
         return question, self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
 
     @verb('writes')
-    def save(self, db, pieces: list[Piece], ends: list[tuple[int, str, str]]):
-        """One frame: what all running replies said since the last one, and which of them ended: (id, status, note).
-        Nearly always it is one statement, which is a transaction of its own."""
+    def save(self, db, pieces: list[Piece], ends: list[tuple[int, str, str, dict]]) -> list[Message]:
+        """One frame: what all running replies said since the last one, and which of them ended: (id, status, note,
+        meta); returns these. Nearly always it is one statement, which is a transaction of its own."""
         with transaction(db.conn) if ends else contextlib.nullcontext():
             if pieces:
-                db.conn.execute(f'insert into piece values {", ".join(["(?, ?, ?)"] * len(pieces))}',
-                                [value for piece in pieces for value in (piece.message, piece.seq, piece.text)])
+                db.conn.execute(f'insert into piece values {", ".join(["(?, ?, ?, ?)"] * len(pieces))}',
+                                [value for piece in pieces for value in vars(piece).values()])
             for end in ends: self._end(db, *end)
+            return [self._row(db, id) for id, *_ in ends]
 
     @reads
     def sessions(self, db) -> list[Session]: return [Session(**row) for row in db.q('select * from session')]
@@ -493,13 +545,13 @@ class Store:
     def _conversation(self, db, owner, conversation):
         rows = db.q('select * from conversation where id = ? and owner = ?', [conversation, owner])
         if not rows: raise Refused(404, 'There is no such conversation here.')
-        return Conversation(**rows[0])
+        return as_row(rows[0], Conversation)
 
     def _path(self, db, owner, conversation, first=0, before=ENDLESS):
         values = dict(owner=owner, conversation=conversation, first=first, before=before)
-        return [Message(**row) for row in db.q(PATH, values)]
+        return [as_row(row, Message) for row in db.q(PATH, values)]
 
-    def _row(self, db, id): return Message(**db.q('select * from message where id = ?', [id])[0])
+    def _row(self, db, id): return as_row(db.q('select * from message where id = ?', [id])[0], Message)
 
     def _sent(self, db, owner, conversation, text, key):
         if not key: return None
@@ -508,7 +560,7 @@ class Store:
         if not rows: return None
         if rows[0]['content'] != text: raise Refused(409, 'This was sent already with another text.', text)
         reply = db.q('select * from message where parent = ? order by id desc limit 1', [rows[0]['id']])[0]
-        return Message(**rows[0]), Message(**reply)
+        return as_row(rows[0], Message), as_row(reply, Message)
 
     def _begin(self, db, owner, text):
         now, id = time.time(), secrets.token_urlsafe(12)
@@ -535,9 +587,11 @@ class Store:
         db.execute(f'insert into {table} ({", ".join(row)}) values (:{", :".join(row)})', row)
         return db.conn.last_insert_rowid()
 
-    def _end(self, db, id, status, note):
-        db.execute(f'update message as m set content = {TEXT}, status = ?, note = ?, ended = ? where id = ?',
-                   [status, note, time.time(), id])
+    def _end(self, db, id, status, note, meta=None):
+        rows = db.q('select kind, text from piece where message = ? order by seq', [id])
+        content, blocks = folded([(row['kind'], row['text']) for row in rows])
+        db.execute('update message set content = ?, blocks = ?, status = ?, note = ?, meta = ?, ended = ? where id = ?',
+                   [content, json.dumps(blocks), status, note, json.dumps(meta or {}), time.time(), id])
         db.execute('delete from piece where message = ?', [id])
 
 # %%
@@ -545,7 +599,7 @@ if NOTEBOOK:
     import tempfile
     store = Store(Path(tempfile.mkdtemp()) / 'try.db')
     question, reply, new = try_it(store.ask(OWNER, None, 'What is a parley?', 'key-1', 'demo'))
-    try_it(store.save([Piece(reply.id, 0, 'A talk '), Piece(reply.id, 1, 'of foes.')], [(reply.id, 'done', '')]))
+    try_it(store.save([Piece(reply.id, 0, 'A talk '), Piece(reply.id, 1, 'of foes.')], [(reply.id, 'done', '', {})]))
     print(*try_it(store.path(OWNER, question.conversation))[1], sep='\n')
 
 # %% [markdown]
@@ -562,10 +616,21 @@ class Waiting:
     seconds: float
 
 @dataclass(frozen=True)
+class Thought:
+    "Some more of what Claude thinks."
+    text: str
+
+@dataclass(frozen=True)
+class Whole:
+    "A content block of the API that is complete: what must be sent back. Its text or thinking was told before."
+    block: dict
+
+@dataclass(frozen=True)
 class Ended:
     "The last event of a reply: a `status` of the table in Store and a `note` in words, empty when all is well."
     status: str
     note: str = ''
+    meta: dict = field(default_factory=dict)  # of Message
 
 class Fault(Exception):
     "What went wrong upstream, in words. `again`: worth another try; `after`: seconds the server asks to wait."
@@ -586,7 +651,8 @@ TRIES, LONGEST_WAIT, RESUMES, LONGEST_EVENT = 3, 15, 10, 4_000_000
 def history(path: list[Message]) -> list[dict]:
     """What Claude is sent: the path without empty messages. A partial reply stands as text before the next question,
     never last: models refuse to go on from a text that isn't theirs to finish."""
-    turns = [{'role': m.role, 'content': m.content} for m in path if m.content.strip()]
+    turns = [{'role': m.role, 'content': (m.status == 'done' and m.blocks) or m.content} for m in path]
+    turns = [turn for turn in turns if isinstance(turn['content'], list) or turn['content'].strip()]
     while turns and turns[-1]['role'] == 'assistant': turns.pop()
     return turns
 
@@ -615,12 +681,70 @@ class EventLines:
                 self.data = bytearray()
         return events
 
-def whole(text: str, held: str) -> tuple[str, str]:
-    "Join the halves of a surrogate pair that two events may carry; a half that stays alone becomes U+FFFD."
-    text = held + text
-    held = text[-1] if text and '\ud800' <= text[-1] <= '\udbff' else ''
-    text = text[:len(text) - len(held)]
-    return (text if text.isascii() else text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')), held
+GROWS = {'text_delta': 'text', 'thinking_delta': 'thinking', 'signature_delta': 'signature',
+         'input_json_delta': 'partial_json', 'citations_delta': 'citation'}  # what a delta brings, by its type
+
+def words_of(block): return block.get('text') if block['type'] == 'text' else ''
+
+class Heard:
+    "One answer put together from its events: the API's content blocks, why it stopped, what it cost."
+    def __init__(self):
+        self.blocks, self.parts, self.kept = [], [], 0  # whole blocks; the pieces of the open one; `kept` were told
+        self.began, self.complete, self.reason, self.usage, self.held = False, False, None, {}, ''
+
+    def take(self, event: dict) -> list[str | Thought | Whole]:
+        "What `event` adds for the reader and for the record. Raises `Fault` for an error of the API."
+        self.began = self.began or event['type'] != 'error'
+        match event['type']:
+            case 'content_block_delta':
+                delta = event['delta']
+                grown = delta.get(GROWS.get(delta['type']))
+                if grown is None: return []
+                self.parts.append((delta['type'], grown))
+                return {'text_delta': [grown], 'thinking_delta': [Thought(grown)]}.get(delta['type'], [])
+            case 'content_block_start':
+                block, before = {**event['content_block']}, self.blocks
+                told = self._tell(len(before))  # a text stays untold until more follows: mostly nothing does
+                if block['type'] == 'text':
+                    if before and before[-1]['type'] != 'text' and any(map(words_of, before)): told.append('\n\n')
+                    if block.get('text'): told.append(block['text'])
+                self.blocks, self.parts = [*before, block], []
+                return told
+            case 'content_block_stop' if self.blocks:
+                self._close(self.blocks[-1])
+                return [] if self.blocks[-1].keys() == {'type', 'text'} else self._tell(len(self.blocks))
+            case 'message_start': self.usage = event['message'].get('usage') or {}
+            case 'message_delta':
+                self.reason = event['delta'].get('stop_reason') or self.reason
+                self.usage = self.usage | {name: n for name, n in (event.get('usage') or {}).items() if n is not None}
+            case 'message_stop': self.complete = True
+            case 'error': raise upstream_error(event['error'])
+        return []
+
+    def _close(self, block):
+        "Put what the deltas brought where the API keeps it."
+        for kind, some in groupby(self.parts, lambda part: part[0]):
+            grown = [each for _, each in some]
+            if kind == 'citations_delta': block['citations'] = [*(block.get('citations') or []), *grown]
+            elif kind == 'input_json_delta': block['input'] = json.loads(''.join(grown) or '{}')
+            else: block[GROWS[kind]] = block.get(GROWS[kind], '') + ''.join(grown)
+        self.parts = []
+
+    def _tell(self, until):
+        told = [Whole(block) for block in self.blocks[self.kept:until]]
+        self.kept = until
+        return told
+
+    def whole(self, text: str) -> str:
+        "Join the halves of a surrogate pair that two events may carry; a half that stays alone becomes U+FFFD."
+        text = self.held + text
+        self.held = text[-1] if text and '\ud800' <= text[-1] <= '\udbff' else ''
+        text = text[:len(text) - len(self.held)]
+        return text if text.isascii() else text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+def added(one: dict, other: dict) -> dict:
+    "Usage of two calls together."
+    return one | {name: one.get(name, 0) + n for name, n in other.items() if isinstance(n, int)}
 
 class Claude:
     "One SDK client. `http` is the seam for tests and for the demo model: an `httpx2.AsyncClient`."
@@ -638,14 +762,21 @@ class Claude:
     @property
     def model(self) -> str: return 'demo' if self.settings.demo else self.settings.model
 
-    async def reply(self, turns: list[dict]) -> AsyncIterator[str | Waiting | Ended]:
-        "What Claude says to `turns`, as it comes; `Ended` is last, whatever happens. Tries again only before any text."
-        said, give_up = False, time.monotonic() + self.settings.retry_seconds
+    def request(self, path: list[Message]) -> dict:
+        "The parameters of the call that answers `path`."
+        return {'model': self.model, 'max_tokens': self.settings.max_tokens, 'messages': history(path)}
+
+    async def reply(self, request: dict) -> AsyncIterator[str | Thought | Whole | Waiting | Ended]:
+        """What Claude says to `request` (the parameters of a call), as it comes; `Ended` is last, whatever happens.
+        Tries again only before anything was said."""
+        began = time.monotonic()
+        said, give_up, meta = False, began + self.settings.retry_seconds, {}
         for attempt in range(1, TRIES + 1):
             try:
-                async for event in self._once(turns):
-                    said = said or isinstance(event, str)
-                    yield event
+                async for event in self._once(request, meta):
+                    if not said: meta |= {'first': round(time.monotonic() - began, 3), 'tries': attempt}
+                    said = True
+                    yield self._timed(event, meta, began)
                 return
             except Exception as error:  # noqa: BLE001 the SDK, the HTTP client and the parser share no base
                 fault = explain(error, said, self.settings)
@@ -654,54 +785,54 @@ class Claude:
                 words = fault.words
                 for secret in filter(None, (self.settings.api_key, self.settings.auth_token)):
                     words = words.replace(secret, '…')  # a server may quote what it was sent
-                yield Ended('interrupted' if said else fault.status, words)
+                meta['tries'] = attempt
+                yield self._timed(Ended('interrupted' if said else fault.status, words), meta, began)
                 return
             yield Waiting(wait)
             await asyncio.sleep(wait)
 
-    async def _once(self, turns):
-        "One answer, a `str` per read of the connection; a `pause_turn` is sent back as it is and resumed."
+    def _timed(self, event, meta, began):
+        if not isinstance(event, Ended): return event
+        return replace(event, meta=meta | {'seconds': round(time.monotonic() - began, 3)})
+
+    async def _once(self, request, meta):
+        "One answer, what each read of the connection brought; a `pause_turn` is sent back as it is and resumed."
         silent = True
         for _ in range(RESUMES):
-            blocks, reason, heard, complete, held = [], None, False, False, ''
-            async for events in self._reads(turns):
+            heard = Heard()
+            async for events in self._reads(request, meta):
                 said, fault = [], None
                 try:
                     for event in events:
                         if isinstance(event, Exception): raise event
-                        heard = heard or event['type'] != 'error'
-                        match event['type']:
-                            case 'content_block_delta' if event['delta']['type'] == 'text_delta':
-                                said.append(text := event['delta']['text'])
-                                if blocks: blocks[-1]['text'] = blocks[-1].get('text', '') + text
-                            case 'content_block_start': blocks.append({**event['content_block']})
-                            case 'message_delta': reason = event['delta'].get('stop_reason') or reason
-                            case 'error': raise upstream_error(event['error'])
-                            case 'message_stop':
-                                complete = True
-                                break  # what comes after it does not count
+                        said += heard.take(event)
+                        if heard.complete: break  # what comes after it does not count
                 except Exception as error: fault = error  # noqa: BLE001 raised once what came before it is said
-                if said:
-                    text, held = whole(''.join(said), held)
-                    silent = silent and not text
-                    if text: yield text
+                for text, some in groupby(said, lambda each: isinstance(each, str)):
+                    if text: some = filter(None, [heard.whole(''.join(some))])
+                    for each in some:
+                        silent = silent and not text
+                        yield each
                 if fault: raise fault
-                if complete: break
-            if held: yield '\ufffd'
-            if not heard: raise Fault(FOREIGN)
-            if not complete or not reason: raise Fault(BROKE_OFF, status='interrupted')
-            if reason != 'pause_turn': break
-            turns = [*turns, {'role': 'assistant', 'content': [block for block in blocks if block.get('text', True)]}]
-        note = STOPS.get(reason, f'Claude stopped for a reason that is not known here: {str(reason)[:40]}.')
+                if heard.complete: break
+            if heard.held: yield '\ufffd'
+            meta |= {'usage': added(meta.get('usage', {}), heard.usage), 'stop': heard.reason}
+            if not heard.began: raise Fault(FOREIGN)
+            if not heard.complete or not heard.reason: raise Fault(BROKE_OFF, status='interrupted')
+            if heard.reason != 'pause_turn': break
+            paused = {'role': 'assistant', 'content': [block for block in heard.blocks if block.get('text', True)]}
+            request = request | {'messages': [*request['messages'], paused]}
+        note = STOPS.get(heard.reason, f'Claude stopped for a reason that is not known here: {str(heard.reason)[:40]}.')
         yield Ended('done', note or 'Claude answered without words.' * silent)
 
-    async def _reads(self, turns) -> AsyncIterator[list[dict | Exception]]:
+    async def _reads(self, request, meta) -> AsyncIterator[list[dict | Exception]]:
         "The events of each read of the connection. Silence, endless pings and another protocol are faults."
         limits, clock = self.settings, time.monotonic
         async with contextlib.AsyncExitStack() as stack:
             async with asyncio.timeout(limits.idle_seconds):
                 response = await stack.enter_async_context(self.sdk.messages.with_streaming_response.create(
-                    model=limits.model, max_tokens=limits.max_tokens, messages=turns, stream=True))
+                    **request, stream=True))
+            meta['request'] = response.headers.get('request-id', '')[:80]
             if not response.headers.get('content-type', '').startswith('text/event-stream'): raise Fault(FOREIGN)
             if 'content-encoding' in response.headers: raise Fault(FOREIGN)  # not asked for; it could be a bomb
             lines, chunks, heard, room = EventLines(), response.iter_bytes(), clock(), 32 * limits.max_reply_chars
@@ -826,8 +957,9 @@ class Demo(httpx2.AsyncBaseTransport):
 # %%
 if NOTEBOOK:
     claude = Claude(Settings(), httpx2.AsyncClient(transport=Demo(pace=0)))
-    async def hello(): return [event async for event in claude.reply([{'role': 'user', 'content': 'Hello'}])]
-    print(*try_it(hello()))
+    hello = {'model': 'demo', 'max_tokens': 9, 'messages': [{'role': 'user', 'content': 'Hello'}]}
+    async def heard(): return [event async for event in claude.reply(hello)]
+    print(*try_it(heard()))
 
 # %% [markdown]
 # ## 4 Turns
@@ -856,9 +988,10 @@ class Pace:
         if self.taken.get(key): self.taken[key].pop()
 
 class Turn:
-    "All live state of one reply. `pieces` are committed and may be shown; (`reply.id`, `len(pieces)`) is the cursor."
+    """All live state of one reply. `pieces` are its committed texts and may be shown, `aside` are its committed
+    (kind, text) that are no Markdown; `unsaved` waits for the next frame."""
     def __init__(self, reply: Message):
-        self.reply, self.pieces, self.unsaved, self.size = reply, [], [], 0
+        self.reply, self.pieces, self.aside, self.unsaved, self.size, self.count = reply, [], [], [], 0, 0
         self.notice = ''  # words for now: a wait, a full disk
         self.end: Ended | None = None  # how it ended, perhaps not committed yet
         self.over = False  # the end is committed: nothing will ever be added
@@ -884,6 +1017,14 @@ class Turn:
     def cancel(self, end: Ended):
         self.cut_off = end
         self.task.cancel()
+
+def joined(said: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    "(kind, text) in order, neighbours of a kind in one; each block stays by itself."
+    together = []
+    for kind, text in said:
+        if kind == 'block' or not together or together[-1][0] != kind: together.append((kind, [text]))
+        else: together[-1][1].append(text)
+    return [(kind, ''.join(texts)) for kind, texts in together]
 
 class Turns:
     "The replies being written right now, one per conversation at most, and the one loop that commits what they say."
@@ -974,10 +1115,12 @@ class Turns:
         "The one owner of a reply: hears Claude out, or as far as it goes."
         try:
             _, path = await self.store.path(turn.reply.owner, turn.reply.conversation)
-            async with contextlib.aclosing(self.claude.reply(history(path))) as events:
+            async with contextlib.aclosing(self.claude.reply(self.claude.request(path))) as events:
                 async for event in events:
                     match event:
-                        case str(): await self._hear(turn, event)
+                        case str(): await self._hear(turn, 'text', event)
+                        case Thought(text): await self._hear(turn, 'thought', text)
+                        case Whole(block): await self._hear(turn, 'block', json.dumps(block))
                         case Waiting(seconds): turn.show(f'{BUSY}, trying again in {seconds:.0f} s')
                         case Ended(): turn.end = event
                     if turn.size >= self.settings.max_reply_chars:
@@ -992,10 +1135,10 @@ class Turns:
         turn.end = turn.end or turn.cut_off
         self.grew.set()
 
-    async def _hear(self, turn, text):
-        text = text[:self.settings.max_reply_chars - turn.size]
+    async def _hear(self, turn, kind, text):
+        if kind != 'block': text = text[:self.settings.max_reply_chars - turn.size]
         if not turn.size: self.began.set()
-        turn.unsaved.append(text)
+        turn.unsaved.append((kind, text))
         turn.size += len(text)
         self.grew.set()
         while len(turn.unsaved) > 250: await turn.changed.wait()  # the disk is slow: read no further
@@ -1021,15 +1164,20 @@ class Turns:
                 self.grew.set()
 
     async def _commit(self, turns):
-        batch = [(turn, len(turn.unsaved), ''.join(turn.unsaved), turn.end) for turn in turns]
-        await self.store.save([Piece(turn.reply.id, len(turn.pieces), text) for turn, _, text, _ in batch if text],
-                              [(turn.reply.id, end.status, end.note) for turn, _, _, end in batch if end])
-        for turn, count, text, end in batch:
+        batch = [(turn, len(turn.unsaved), joined(turn.unsaved), turn.end) for turn in turns]
+        pieces = [Piece(turn.reply.id, turn.count + n, text, kind) for turn, _, said, _ in batch
+                  for n, (kind, text) in enumerate(said)]
+        ended = await self.store.save(pieces, [(turn.reply.id, end.status, end.note, end.meta)
+                                               for turn, _, _, end in batch if end])
+        for turn, count, said, end in batch:
             del turn.unsaved[:count]
-            if text: turn.pieces.append(text)
+            turn.count += len(said)
+            for kind, text in said:
+                if kind == 'text': turn.pieces.append(text)
+                else: turn.aside.append((kind, text))
             if end:
                 turn.over = True
-                turn.reply = replace(turn.reply, status=end.status, note=end.note, content=''.join(turn.pieces))
+                turn.reply = next(reply for reply in ended if reply.id == turn.reply.id)
                 del self.running[turn.reply.conversation]
             turn.show('')
 
