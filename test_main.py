@@ -2936,8 +2936,10 @@ FILL = '''import sqlite3, sys, time
 db, count = sqlite3.connect(sys.argv[1], timeout=10), int(sys.argv[2])
 first = db.execute('select coalesce(max(id), 0) + 1 from message').fetchone()[0]
 with db:
-    db.execute("insert into conversation values ('long', 'owner', 'A long one', ?, ?, ?)", (first + count - 1, *[time.time()] * 2))
-    db.executemany("""insert into message values (?, 'long', 'owner', ?, ?, ?, ?, 'done', '', '', null, ?, ?)""", [
+    db.execute("""insert into conversation (id, owner, title, leaf, created, updated)
+               values ('long', 'owner', 'A long one', ?, ?, ?)""", (first + count - 1, *[time.time()] * 2))
+    db.executemany("""insert into message (id, conversation, owner, parent, idx, role, content, status, note, model,
+                   created, ended) values (?, 'long', 'owner', ?, ?, ?, ?, 'done', '', '', ?, ?)""", [
         (first + n, first + n - 1 if n else None, n, 'assistant' if n % 2 else 'user', f'message {n} ' + 'and so on ' * 40,
          *[time.time()] * 2) for n in range(count)])
 '''
