@@ -646,7 +646,7 @@ STOPS = {'end_turn': '', 'stop_sequence': '',
 FOREIGN = 'The server at the base URL does not speak the Messages API.'
 BROKE_OFF = 'The connection to Claude broke off.'
 BUSY = 'Claude is busy'
-TRIES, LONGEST_WAIT, RESUMES, LONGEST_EVENT = 3, 15, 10, 4_000_000
+TRIES, LONGEST_WAIT, RESUMES, LONGEST_EVENT, LONGEST_REFUSAL = 3, 15, 10, 4_000_000, 65_536
 
 def history(path: list[Message]) -> list[dict]:
     """What Claude is sent: the path without empty messages. A partial reply stands as text before the next question,
@@ -746,18 +746,30 @@ def added(one: dict, other: dict) -> dict:
     "Usage of two calls together."
     return one | {name: one.get(name, 0) + n for name, n in other.items() if isinstance(n, int)}
 
+async def shortened(response: httpx2.Response):
+    "Of a refusal only as much as is worth reading, as it came: the SDK would take it whole, unpack and decode it."
+    if response.is_success: return
+    body = b''
+    async with contextlib.aclosing(response.stream) as stream, contextlib.aclosing(aiter(stream)) as chunks:
+        async for chunk in chunks:
+            if len(body := body + chunk) > LONGEST_REFUSAL: break
+    response.stream, response.encoding = httpx2.ByteStream(body[:LONGEST_REFUSAL]), 'utf-8'
+    response.headers.pop('content-encoding', None)
+
 class Claude:
     "One SDK client. `http` is the seam for tests and for the demo model: an `httpx2.AsyncClient`."
     def __init__(self, settings: Settings, http: httpx2.AsyncClient | None = None):
         import anthropic  # here, for it takes longer than all others together: a bad setting is refused at once
         self.settings = settings
         if settings.demo and http is None: http = httpx2.AsyncClient(transport=Demo())
+        http = http or anthropic.DefaultAsyncHttpxClient(follow_redirects=False)
+        http.event_hooks['response'].append(shortened)
         self.sdk = anthropic.AsyncAnthropic(
             api_key=settings.api_key or (None if settings.auth_token else 'none'),
             auth_token=settings.auth_token or None, max_retries=0,
             base_url=settings.base_url or 'https://api.anthropic.com',  # else the SDK would read the environment itself
-            default_headers={'accept-encoding': 'identity'}, timeout=httpx2.Timeout(settings.idle_seconds, connect=10),
-            http_client=http or anthropic.DefaultAsyncHttpxClient(follow_redirects=False))
+            default_headers={'accept-encoding': 'identity'}, http_client=http,
+            timeout=httpx2.Timeout(settings.idle_seconds, connect=10))
 
     @property
     def model(self) -> str: return 'demo' if self.settings.demo else self.settings.model
@@ -833,8 +845,9 @@ class Claude:
                 response = await stack.enter_async_context(self.sdk.messages.with_streaming_response.create(
                     **request, stream=True))
             meta['request'] = response.headers.get('request-id', '')[:80]
-            if not response.headers.get('content-type', '').startswith('text/event-stream'): raise Fault(FOREIGN)
-            if 'content-encoding' in response.headers: raise Fault(FOREIGN)  # not asked for; it could be a bomb
+            kind, packing = (response.headers.get(f'content-{name}', '') for name in ('type', 'encoding'))
+            if not kind.startswith('text/event-stream') or packing.lower() not in ('', 'identity'):
+                raise Fault(FOREIGN)  # packed was not asked for; it could be a bomb
             lines, chunks, heard, room = EventLines(), response.iter_bytes(), clock(), 32 * limits.max_reply_chars
             pace = functools.partial(self._pace, response, stack)
             while True:

@@ -14,6 +14,7 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import html.parser
 import http.server
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -1929,6 +1931,53 @@ def test_one_signs_in_and_out_while_the_database_is_read_only(start):
     assert sign_in(me).status_code == 303 and me.post('/logout', htmx=False).status_code == 303 and not may_enter(me)
 
 # ---- Reliability ----------------------------------------------------------------------------------------------------
+
+def endless(*steps): return Answer(itertools.chain([START, 'half'], itertools.cycle(steps)))
+def refusal(*steps, **headers): return Answer(steps, 400, {k.replace('_', '-'): v for k, v in headers.items()})
+
+MUCH, DRIP = b'x' * 65_536, (b'x', .05)
+def bomb(pack): return pack(pack(bytes(150_000_000)))
+def thought(text): return event('content_block_delta', index=0, delta={'type': 'thinking_delta', 'thinking': text})
+
+FLOODS = {
+    'a line of 50 MB': lambda: raw(START, 'half', b'data: ', *[MUCH] * 800, b'\n\n', end()),
+    'an endless line': lambda: endless(MUCH), 'an endless line, a byte at a time': lambda: endless(*DRIP),
+    'an endless comment': lambda: endless(b': x\n\n' * 9999), 'endless pings': lambda: endless(PING * 999),
+    'endless thoughts': lambda: endless(thought('hm ' * 999)), 'endless words': lambda: endless('more ' * 999),
+    'a bomb': lambda: raw(bomb(gzip.compress), content_encoding='gzip, gzip'),
+    'a bomb as a refusal': lambda: refusal(bomb(gzip.compress), content_encoding='gzip, gzip'),
+    'a bomb as a charset': lambda: refusal(zlib.compress(bytes(60_000_000)), content_type='x; charset=zlib_codec'),
+    'an endless refusal': lambda: Answer(itertools.repeat(MUCH), 500),
+    'an endless refusal, a byte at a time': lambda: Answer(itertools.cycle(DRIP), 400)}
+
+def test_floods_drips_and_bombs_from_upstream_end_in_words_and_hold_up_nobody(start, upstream):
+    "FI-11: the other replies go on, and memory stays bounded."
+    server = start(IDLE_SECONDS='1', STALL_SECONDS='1', RETRY_SECONDS='0', MAX_REPLY_CHARS='100000')
+    me = server.person()
+    questions = {name: upstream.plays(make()) for name, make in FLOODS.items()}
+    me.ask('hello').ended()
+    before, took = server.memory(), []
+    chats = {name: me.ask(question) for name, question in questions.items()}
+    while any(chat.reply['status'] == LIVE for chat in chats.values()):
+        asked = time.monotonic()
+        assert me.ask('hello').ended()['status'] == 'done' and server.memory() - before < 100e6
+        took.append(time.monotonic() - asked)
+    replies = {name: chat.reply for name, chat in chats.items()}
+    assert not [name for name, reply in replies.items() if reply['status'] == 'done' or not reply['note']], replies
+    assert sorted(took)[len(took) * 95 // 100] < 1 and server.memory() - before < 100e6
+    assert len(replies['endless words']['content']) == 100_000
+    assert all(call.closed.wait(DEADLINE) for question in questions.values() for call in upstream.called(question))
+
+def test_of_a_refusal_no_more_is_read_than_words_need(me, upstream):
+    "Also where the client is not ours."
+    sent = iter([MUCH] * 800)
+    assert me.ask(upstream.plays(Answer(sent, 400))).ended()['note'] and len(list(sent)) > 790
+
+@pytest.mark.parametrize('packing, status', [('identity', 'done'), ('Identity', 'done'), ('gzip', 'failed')])
+def test_an_answer_that_says_it_is_not_packed_is_read(me, upstream, packing, status):
+    answer = says('well')
+    answer.headers['content-encoding'] = packing
+    assert me.ask(upstream.plays(answer)).ended()['status'] == status
 
 def test_silent_connections_slow_nobody_and_give_their_descriptors_back(start):
     "FI-34, L-08 in small."
