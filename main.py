@@ -282,7 +282,7 @@ DISK = {apsw.FullError: 'the disk is full', apsw.ReadOnlyError: 'the database is
         apsw.BusyError: 'another program holds the database', apsw.LockedError: 'another program holds the database',
         apsw.CantOpenError: 'the database file can not be opened', apsw.NotADBError: 'the file is not a database',
         apsw.CorruptError: 'the database is damaged', apsw.IOError: 'the disk reports an error',
-        apsw.PermissionsError: 'the database may not be accessed'}
+        apsw.PermissionsError: 'the database may not be accessed', PermissionError: 'the database may not be accessed'}
 
 @contextlib.contextmanager
 def in_words():
@@ -406,14 +406,14 @@ class Store:
         if self.file.exists() and not self.file.stat().st_size:
             raise Unusable('the database file is empty: restore it, or delete it to begin anew')
         logging.getLogger('apsw').setLevel(logging.CRITICAL)  # it would print failing SQL
-        new = not self.file.exists()
+        if self.file.exists(): self._examine()
         self.db = {name: Database(apsw.Connection(str(self.file))) for name in self.threads}
         for db in self.db.values():
             db.conn.set_busy_timeout(5000)
             db.conn.pragma('synchronous', 'normal')
         self.db['reads'].conn.pragma('query_only', True)
         for file in self.file.parent.glob(self.file.name + '*'): file.chmod(0o600)
-        self._migrate(self.db['writes'], new)
+        self._migrate(self.db['writes'])
         self._sweep(self.db['writes'])
 
     def _private_folder(self):
@@ -423,7 +423,7 @@ class Store:
         # a folder that others share on purpose (sticky, as /tmp) is left as it is; the files in it are 0600 anyway
         if mode & 0o077 and not mode & stat.S_ISVTX and folder.stat().st_uid == os.getuid(): folder.chmod(0o700)
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise Unusable(f'the folder can not be written: chown it to user {os.getuid()}')
+            raise Unusable(f'the folder can not be written: it is read-only, or chown it to user {os.getuid()}')
 
     def _lock(self):
         "One process per database: a second one would end the replies of the first. A kill frees the lock."
@@ -433,11 +433,16 @@ class Store:
             except BlockingIOError: time.sleep(wait)
         raise Unusable('another Parley is using the database')
 
-    def _migrate(self, db, new):
+    def _examine(self):
+        "Refuse what isn't ours before it is opened for writing: that alone would change the file."
+        with contextlib.closing(apsw.Connection(str(self.file), flags=apsw.SQLITE_OPEN_READONLY)) as conn:
+            version = conn.pragma('user_version')
+            if version > len(SCHEMA): raise Unusable('the database was written by a newer Parley')
+            if not version and conn.execute('select 1 from sqlite_master').fetchone():
+                raise Unusable('the file is a database, but not one of Parley')
+
+    def _migrate(self, db):
         version = db.conn.pragma('user_version')
-        if version > len(SCHEMA): raise Unusable('the database was written by a newer Parley')
-        if not version and not new and db.q('select 1 from sqlite_master'):
-            raise Unusable('the file is a database, but not one of Parley')
         for number, step in enumerate(SCHEMA[version:], version + 1):
             with transaction(db.conn, durable=True):
                 db.conn.execute(step)

@@ -15,7 +15,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import gzip
-import hashlib
 import html.parser
 import http.server
 import importlib.util
@@ -30,6 +29,7 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -1952,7 +1952,8 @@ FLOODS = {
 
 def test_floods_drips_and_bombs_from_upstream_end_in_words_and_hold_up_nobody(start, upstream):
     "FI-11: the other replies go on, and memory stays bounded."
-    server = start(IDLE_SECONDS='1', STALL_SECONDS='1', RETRY_SECONDS='0', MAX_REPLY_CHARS='100000')
+    server = start(IDLE_SECONDS='.5', STALL_SECONDS='.5', RETRY_SECONDS='0', MAX_REPLY_CHARS='100000',
+                   FRAME_SECONDS='.005')
     me = server.person()
     questions = {name: upstream.plays(make()) for name, make in FLOODS.items()}
     me.ask('hello').ended()
@@ -2422,18 +2423,43 @@ def test_a_tab_comes_back_to_the_new_process_and_is_shown_the_truth(start, upstr
     ({'PORT': 'many'}, 'PORT'), ({'DATABASE_URL': 'postgres://me:canary@host/db'}, 'DATABASE_URL'),
     ({'DATABASE_URL': 'sqlite:///text.db'}, 'text.db'), ({'DATABASE_URL': 'sqlite:///torn.db'}, 'torn.db'),
     ({'DATABASE_URL': 'sqlite:///folder.db'}, 'folder.db'), ({'DATABASE_URL': 'sqlite:////proc/x/parley.db'}, '/proc'),
-    ({'DATABASE_URL': 'sqlite:///text.db/x/parley.db'}, 'text.db'),
+    ({'DATABASE_URL': 'sqlite:///text.db/x/parley.db'}, 'text.db'), ({'DATABASE_URL': 'sqlite:///empty.db'}, 'empty'),
+    ({'DATABASE_URL': 'sqlite:///newer.db'}, 'newer Parley'), ({'DATABASE_URL': 'sqlite:///other.db'}, 'not one of'),
     ({'ANTHROPIC_API_KEY': 'sk-ant-\ncanary'}, 'ANTHROPIC_API_KEY')])
 def test_a_start_that_cannot_be_ends_in_one_clear_line(tmp_path, env, says):
     (tmp_path / 'text.db').write_text('no database ' * 999)
     (tmp_path / 'torn.db').write_bytes(b'SQLite format 3\0' + random.Random(SEED).randbytes(9999))
+    (tmp_path / 'empty.db').touch()
+    (tmp_path / 'newer.db').write_bytes(a_database('create table message (id); pragma user_version = 99'))
+    (tmp_path / 'other.db').write_bytes(a_database('create table fruit (name)'))
+    before = {f: f.read_bytes() for f in tmp_path.glob('*.db')}
     (tmp_path / 'folder.db').mkdir()
-    before = {f.name: hashlib.sha256(f.read_bytes()).digest() for f in tmp_path.glob('t*.db')}
     server = Server(tmp_path, **env)
     assert server.exit() not in (0, None)
     lines = server.log.read_text().strip().splitlines()
     assert len(lines) == 1 and says in lines[0] and 'canary' not in lines[0], lines
-    assert before == {f.name: hashlib.sha256(f.read_bytes()).digest() for f in tmp_path.glob('t*.db')}
+    assert before == {f: f.read_bytes() for f in before} and not list(tmp_path.glob('*.db-*'))
+
+def a_database(sql):
+    "The bytes of a database that nobody has open."
+    with contextlib.closing(sqlite3.connect(':memory:')) as db: return (db.executescript(sql), db.serialize())[1]
+
+def test_a_database_is_one_process_and_its_bare_file_is_an_earlier_state(start, tmp_path, upstream):
+    "FI-21: a second process refuses, the first goes on. FI-19: without what is beside it the file opens all the same."
+    server, gate = start(), Gate()
+    chat = server.person().ask(upstream.says('half ', gate, 'whole'))
+    tab, second = chat.watch().until('half'), Server(tmp_path)
+    (tmp_path / 'copy' / 'data').mkdir(parents=True)
+    shutil.copy(server.db, tmp_path / 'copy' / 'data')
+    with Server(tmp_path / 'copy') as copy: assert copy.person().ask('hello').ended()['status'] == 'done'
+    assert second.exit() == 1 and 'another Parley is using the database' in server.log.read_text()
+    gate.open()
+    assert tab.ends().text == chat.reply['content'] == 'half whole' and 'Traceback' not in server.log.read_text()
+    server.signal(signal.SIGTERM)
+    assert server.exit() is not None and not list(server.db.parent.glob('*-wal'))       # nothing is left to be deleted
+
+def test_a_file_of_somebody_else_is_said_in_words():
+    with pytest.raises(main.Unusable, match='may not be accessed'), main.in_words(): raise PermissionError
 
 def test_a_port_that_is_taken_ends_the_start(tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as taken:

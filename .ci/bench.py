@@ -7,10 +7,11 @@ CPU is what the kernel charged to the server's process tree, the turn's beginnin
 never the upstream's or the viewers' share. Wire bytes are what arrives on the viewer's socket after the handshake.
 """
 # ruff: noqa: E401
-import argparse, asyncio, functools, importlib.util, json, os, platform, random, re, shutil, signal, socket, sqlite3
-import statistics, sys, tempfile, time, uuid
+import argparse, asyncio, functools, hashlib, importlib.util, json, os, platform, random, re, resource, shutil, signal
+import socket, sqlite3, statistics, sys, tempfile, time, uuid
 from asyncio.subprocess import PIPE
 from contextlib import asynccontextmanager, closing, suppress
+from itertools import pairwise
 from pathlib import Path
 import httpx
 from websockets.asyncio.client import ClientConnection, connect
@@ -233,7 +234,7 @@ class Server:
             except httpx.TransportError: await asyncio.sleep(.005)
             else:
                 self.started = time.perf_counter() - began
-                if page.is_success: return
+                if page.status_code < 400: return  # or where one signs in
                 break
         raise Missing(f'{self.name} does not start: {self.log()}')
 
@@ -256,12 +257,16 @@ class Server:
         if not socket_path: raise Missing(f'POST / answered {answered.status_code}, no ws-connect: {self.log()}')
         return answered.headers.get('HX-Push-Url'), socket_path[1]
 
+    def socket(self, path):
+        "The connection that a page opens to watch a reply."
+        cookies = '; '.join(f'{k}={v}' for k, v in self.visitor.cookies.items())
+        return connect(f'ws://127.0.0.1:{self.port}{path}', origin=self.url, create_connection=Counted, proxy=None,
+                       additional_headers={'Cookie': cookies} if cookies else {}, max_size=2**25)
+
     async def watch(self, path):
         "Read a reply to its end as a browser would: (when its first text came, wire bytes)."
-        cookies = '; '.join(f'{k}={v}' for k, v in self.visitor.cookies.items())
         first, frames = None, []
-        async with connect(f'ws://127.0.0.1:{self.port}{path}', origin=self.url, create_connection=Counted, proxy=None,
-                           additional_headers={'Cookie': cookies} if cookies else {}, max_size=2**25) as ws:
+        async with self.socket(path) as ws:
             async for frame in ws:
                 if first is None and OPENING in frame: first = time.perf_counter()
                 frames.append(frame)
@@ -461,6 +466,153 @@ async def start(server, bench):
         await asyncio.sleep(1)
         return {'start to first page: s': fresh.started, 'idle memory: RSS, MB': fresh.memory('Rss'),
                 'idle memory: PSS, MB': fresh.memory('Pss')}
+
+
+# ---- Load and faults: what is left of them, and what others feel meanwhile. L-06 to L-10 are the issue's own names
+
+PASSWORD = 'correct horse battery'
+HEAD = 'POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://127.0.0.1\r\nContent-Type: text/plain\r\n'
+FORM = HEAD.replace('text/plain', 'application/x-www-form-urlencoded')
+
+def p99(values): return sorted(values)[int(len(values)*.99)]
+def labelled(label, figures): return {f'{label}: {k}': v for k, v in figures.items()}
+def descriptors(server): return len(os.listdir(f'/proc/{server.process.pid}/fd'))
+
+@asynccontextmanager
+async def house(bench):
+    "The app behind a password, on a server of its own: the visitor is signed in, others may guess without end."
+    server, salt = bench.server('app'), bytes(16)
+    digest = hashlib.scrypt(PASSWORD.encode(), salt=salt, n=2**15, r=8, p=3, maxmem=2**27, dklen=32)
+    server.env |= {'APP_PASSWORD_HASH': f'scrypt:15:8:3:{salt.hex()}:{digest.hex()}', 'LOGINS_PER_ADDRESS': '100000',
+                   'LOGINS_OVERALL': '100000'}
+    async with running(server):
+        await server.visitor.post('/login', data={'password': PASSWORD})
+        yield server
+
+async def felt(server, load):
+    "While `load` goes on, over a new connection each time: how long /healthz takes, how much the memory grows."
+    load, before, waits, peak = asyncio.ensure_future(load), server.memory('Rss'), [], 0
+    async with httpx.AsyncClient(timeout=20, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)) as one:
+        while not load.done() or len(waits) < 50:
+            began = time.perf_counter()
+            await one.get(server.url + '/healthz')
+            waits.append((time.perf_counter() - began)*1000)
+            peak = max(peak, server.memory('Rss') - before)
+            await asyncio.sleep(.02)
+    return {'healthz p99, ms': p99(waits), 'memory grew, MB': peak}, await load
+
+async def knock(server, said='', count=1):
+    "Connections that say this much and no more."
+    writers = [(await asyncio.open_connection('127.0.0.1', server.port))[1] for _ in range(count)]
+    for writer in writers: writer.write(said.encode())
+    return writers
+
+def leave(writers):
+    for writer in writers: writer.close()
+
+async def each(count, parallel, make):
+    "The results of `make(n)` for n below `count`, so many at once."
+    room = asyncio.Semaphore(parallel)
+
+    async def one(n):
+        async with room: return await make(n)
+    return await asyncio.gather(*map(one, range(count)))
+
+@row('posts', yardstick=False)
+async def posts(_, bench):
+    "L-06"
+    async with running(bench.server('app')) as server:
+        form, began = {'message': bench.question(0, 1)}, time.perf_counter()
+        answers = await each(600, 16, lambda _: server.visitor.post('/', data=form, headers={'HX-Request': 'true'}))
+        took = time.perf_counter() - began
+        await asyncio.sleep(1)
+    with closing(sqlite3.connect(server.db)) as db:
+        ended = db.execute("select count(*) from message where status = 'done' and role = 'assistant'").fetchone()[0]
+    return labelled('600 posts, 16 at once', {'answered 2xx': sum(a.is_success for a in answers),
+                                              'replies complete': ended, 's': took})
+
+@row('sockets', yardstick=False)
+async def sockets(_, bench):
+    "L-07"
+    async with running(bench.server('app')) as server:
+        path = (await server.ask(bench.question(0, 50)))[1]
+        await each(200, 20, lambda _: server.watch(path))
+        before, files = server.memory('Rss'), descriptors(server)
+        await each(1000, 20, lambda _: server.watch(path))
+        await asyncio.sleep(1)
+        return labelled('1,000 sockets come and go', {'descriptors more': descriptors(server) - files,
+                                                      'memory grew, MB': server.memory('Rss') - before})
+
+@row('heads', yardstick=False)
+async def heads(_, bench):
+    "L-08"
+    async with house(bench) as server:
+        half, slow = await knock(server, HEAD, 300), await knock(server, f'{FORM}Content-Length: 60000\r\n\r\n', 20)
+
+        async def drip():
+            for _ in range(100):
+                for writer in slow: writer.write(b'x')
+                await asyncio.sleep(.05)
+        figures, _ = await felt(server, drip())
+        leave(half + slow)
+        return labelled('300 half heads, 20 slow bodies', figures)
+
+@row('silent', yardstick=False)
+async def silent(_, bench):
+    "As many silent connections as this machine allows, 9,000 at most."
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    async with house(bench) as server:
+        files, count = descriptors(server), min(9000, most - 500)
+        figures, mute = await felt(server, knock(server, count=count))
+        held = descriptors(server) - files
+        await asyncio.sleep(12)  # HEADER_SECONDS and a little
+        figures |= {'descriptors held': held, '12 s later': descriptors(server) - files}
+        leave(mute)
+        return labelled(f'{count:,} silent connections', figures)
+
+@row('garbage', yardstick=False)
+async def garbage(_, bench):
+    "L-09: 20 MB/s by one who has not signed in."
+    block, sent, until = b'10000\r\n%s\r\n' % bytes(65_536), 0, time.perf_counter() + bench.args.tokens/50
+
+    async def pour(_):
+        nonlocal sent
+        while time.perf_counter() < until:
+            writer, = await knock(server, f'{FORM}Transfer-Encoding: chunked\r\n\r\n')
+            with suppress(OSError):
+                while time.perf_counter() < until:
+                    writer.write(block)
+                    await writer.drain()
+                    sent += 65_536
+                    await asyncio.sleep(.012)
+            writer.close()
+    async with house(bench) as server:
+        figures, _ = await felt(server, each(4, 4, pour))
+        return labelled('garbage by a stranger', figures | {'MB sent': sent/1e6})
+
+async def gaps(server, bench):
+    "Milliseconds between the frames of one reply."
+    times = []
+    async with server.socket((await server.ask(bench.question(50, 300)))[1]) as ws:
+        async for _ in ws: times.append(time.perf_counter())
+    return [(b - a)*1000 for a, b in pairwise(times)]
+
+@row('guesses', yardstick=False)
+async def guesses(_, bench):
+    "L-10: 50 wrong passwords a second while a reply streams."
+    async with house(bench) as server, httpx.AsyncClient(base_url=server.url, timeout=None, trust_env=False,
+                                                         limits=httpx.Limits(max_connections=None)) as thief:
+        async def guess(n):
+            await asyncio.sleep(n/50)
+            told.append(await thief.post('/login', data={'password': f'guess {n}'}, headers={'Origin': server.url}))
+        quiet, told = await gaps(server, bench), []
+        flood = asyncio.gather(*map(guess, range(400)))
+        flooded = await gaps(server, bench)
+        flood.cancel()
+        with suppress(asyncio.CancelledError): await flood
+        return labelled('50 wrong passwords a second', {'answered': len(told), 'frame gap p99, ms': p99(flooded),
+                                                        'frame gap p99 without, ms': p99(quiet)})
 
 
 # ---- The run and its table
