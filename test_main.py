@@ -2885,6 +2885,95 @@ def test_a_page_finds_the_new_process_after_a_restart(profile, start, upstream):
     start(port=server.port)
     assert view.ends('interrupted') == 'half' and 'retry' in view.bubble(1).inner_text().lower()
 
+class Network:
+    "A stretch of wire before a server: it can be cut, and it can lose what comes back."
+    def __init__(self, port):
+        self.port, self.loses, self.wires = port, False, []
+        self.listener = socket.create_server(('127.0.0.1', 0))
+        self.url = f'http://127.0.0.1:{self.listener.getsockname()[1]}'
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self):
+        with contextlib.suppress(OSError):
+            while near := self.listener.accept()[0]:
+                far = socket.create_connection(('127.0.0.1', self.port), DEADLINE)
+                near.settimeout(DEADLINE)
+                self.wires += [near, far]
+                for ends in (near, far), (far, near): threading.Thread(target=self.carry, args=ends, daemon=True).start()
+
+    def carry(self, one, other):
+        with contextlib.suppress(OSError):
+            while data := one.recv(65_536):
+                if not self.loses or one.getpeername()[1] != self.port: other.sendall(data)
+        self.cut(one, other)
+
+    def cut(self, *wires):
+        for wire in wires or self.wires:
+            with contextlib.suppress(OSError): wire.shutdown(socket.SHUT_RDWR)
+
+@pytest.fixture
+def network(site):
+    network = Network(site.settings.port)
+    yield network
+    network.cut(network.listener, *network.wires)
+    network.listener.close()
+
+@browser_test
+def test_a_network_that_cuts_the_socket_again_and_again_loses_nothing(profile, network, upstream):
+    "FI-30"
+    gates = [Gate() for _ in range(3)]
+    question = upstream.says(*(step for n, gate in enumerate(gates) for step in (f'word{n} ', gate)), 'end')
+    view = View(profile(), network.url).send(question)
+    for n, gate in enumerate(gates):
+        view.until(f'word{n}')
+        network.cut(), gate.open()
+    assert (view.ends(), len(view.sockets)) == ('word0 word1 word2 end', 4) and len(upstream.called(question)) == 1
+
+@browser_test
+def test_what_came_while_the_browser_was_offline_is_shown_and_a_draft_is_kept(view, upstream):
+    "FI-25"
+    view.send(question := upstream.says('half ', gate := Gate(), 'whole')).until('half')
+    view.composer.fill('a draft')
+    view.profile.set_offline(True)
+    gate.open()
+    assert upstream.called(question)[0].closed.wait(DEADLINE)
+    view.profile.set_offline(False)
+    assert view.ends() == 'half whole' and view.composer.input_value() == 'a draft'
+
+@browser_test
+@pytest.mark.parametrize('arrives', [False, True])
+def test_a_send_that_the_network_swallows_keeps_its_text_and_is_one_question(profile, network, upstream, arrives):
+    "FI-26: nothing gets through, or all but the answer."
+    view, question = View(profile(), network.url), upstream.says('answer')
+    network.loses = arrives
+    view.profile.set_offline(not arrives)
+    view.send(question)
+    assert not arrives or eventually(lambda: upstream.called(question))
+    assert view.eventually(lambda: network.cut() or 'Not sent' in view.page.locator('#notice').inner_text())
+    assert view.composer.input_value() == question
+    network.loses = False
+    view.profile.set_offline(False)
+    view.composer.press('Enter')
+    assert view.ends() == 'answer' and len(upstream.called(question)) == 1 and not view.bubble(2).count()
+
+@browser_test
+def test_of_two_tabs_that_send_at_once_one_is_told_to_wait_and_loses_nothing(profile, site, upstream):
+    "FI-24"
+    view, gate = View(profile(), site.url).send(upstream.says('first')), Gate()
+    view.ends()
+    other = View(view.profile, view.page.url)
+    questions = [upstream.says('half ', gate, 'whole') for _ in range(2)]
+    view.send(questions[0]).until('half', idx=3)
+    other.send(questions[1])
+    assert other.eventually(lambda: 'still being written' in other.page.locator('#notice').inner_text())
+    assert other.composer.input_value() == questions[1]
+    gate.open()
+    view.ends(idx=3)
+    other.composer.press('Enter')
+    assert other.ends(idx=5) == 'half whole'
+    assert [other.text(idx) for idx in (2, 3, 4)] == [questions[0], 'half whole', questions[1]]
+    assert [len(upstream.called(question)) for question in questions] == [1, 1]
+
 @browser_test
 def test_without_javascript_the_app_still_works(profile, site, upstream):
     view = View(profile(java_script_enabled=False), site.url)
