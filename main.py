@@ -23,6 +23,7 @@ import gc
 import hashlib
 import hmac
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -1323,7 +1324,6 @@ def math_block(state, start, end, silent):
     return True
 
 def math_inline(state, silent):
-    if state.src[state.pos] not in '$\\': return False
     closing = CLOSING.get(state.src[state.pos:state.pos + 2], '$')
     if state.src.find(closing, state.pos + 1, state.pos + FORMULA_LIMIT + 4) < 0: return False  # quick for a lone one
     found = INLINE_MATH.match(state.src, state.pos, state.posMax)
@@ -1350,6 +1350,16 @@ def bare_url(state, silent):
         state.push('text', '', 0).content = scheme[0] + rest
         state.push('link_close', 'a', -1)
     state.pos += len(rest)
+    return True
+
+def note(state, start, end, silent):
+    """`[^label]: text` is no block where it stands. As with links, the first definition counts."""
+    before = len(state.tokens)
+    if not footnote_def(state, start, end, silent): return False
+    if not silent:
+        opening, *tokens, _ = state.tokens[before:]
+        del state.tokens[before:]
+        state.env['notes'].setdefault(opening.meta['label'], Part.of(state, tokens, opening.map))
     return True
 
 def note_mark(state, silent):
@@ -1420,7 +1430,7 @@ PARSER = MarkdownIt('commonmark', {'html': False, 'xhtmlOut': False, 'tasklists'
 PARSER.validateLink = lambda url: True  # the pen decides: what we do not link keeps its words
 PARSER.block.ruler.before('table', 'deep', deep)
 PARSER.block.ruler.before('fence', 'math_block', math_block, {'alt': ['paragraph', 'reference', 'blockquote', 'list']})
-PARSER.block.ruler.before('reference', 'footnote_def', footnote_def, {'alt': ['paragraph', 'reference']})
+PARSER.block.ruler.before('reference', 'note', note, {'alt': ['paragraph', 'reference']})
 PARSER.inline.ruler.after('text', 'bare_url', bare_url)
 PARSER.inline.ruler.before('escape', 'math_inline', math_inline)
 PARSER.inline.ruler.before('link', 'note', note_mark)
@@ -1428,44 +1438,39 @@ PARSER.core.ruler.enableOnly(['inline', 'text_join'])
 
 @dataclass
 class Part:
-    """A top-level block, or (with a label) a note's text: the parser's tokens and the Markdown they stand for."""
+    """A top-level block or a note's text: the parser's tokens and the Markdown they stand for."""
     tokens: list
     source: str
     lines: list        # first line, and the one after the last
-    label: str = ''
 
-    def has(self, character): return any(character in token.content for token in self.tokens if token.type == 'inline')
+    @classmethod
+    def of(cls, state, tokens, lines):
+        return cls(tokens, state.src[state.bMarks[lines[0]]:state.bMarks[lines[1]]].rstrip('\n'), lines)
 
-def surroundings(references, notes, numbers, guess=False, tail=False):
+def surroundings(references, notes, numbers, guess=False):
     """What a parser run knows and learns: link definitions {label: link}, notes {label: Part}, their numbers."""
-    return {'references': references, 'notes': notes, 'numbers': numbers, 'guess': guess, 'tail': tail}
+    return {'references': references, 'notes': notes, 'numbers': numbers, 'guess': guess, 'tail': False}
 
 def parse(text, env):
-    """-> (state, tops, notes): the top-level parts in order (notes among them), and all notes, nested ones too."""
+    """-> (state, parts): the lines as the parser sees them, and the top-level blocks in order."""
     state = StateBlock(text, PARSER, env, [])
     PARSER.block.tokenize(state, 0, state.lineMax)
-    tops, notes, within, depth = [], [], [], 0
+    parts, depth = [], 0
     for token in state.tokens:
-        opens = token.type == 'footnote_reference_open'
-        if opens or depth == 0:
-            source = text[state.bMarks[token.map[0]]:state.bMarks[token.map[1]]].rstrip('\n')
-            part = Part([], source, token.map, token.meta['label'] if opens else '')
-            if depth == 0: tops.append(part)
-            if opens:
-                for some in notes, within: some.append(part)
-                env['notes'].setdefault(part.label, part)  # as with links, the first definition counts
-        if token.type == 'footnote_reference_close': within.pop()
-        elif not opens: (within or tops)[-1].tokens.append(token)
+        if depth == 0: parts.append(Part.of(state, [], token.map))
+        parts[-1].tokens.append(token)
         depth += token.nesting
-    return state, tops, notes
+    return state, parts
 
 LONG = '<div class="plain"><p class="cut">Too long to typeset, shown as written.</p><pre>\n%s</pre></div>'
 def write(part, env):
     """One block's HTML: exactly one element. Runs the inline parser; may be called again with other surroundings."""
     code = part.tokens and part.tokens[0].type in ('fence', 'code_block')
-    if len(part.source) > BLOCK_LIMIT and not code: return LONG % escape(part.source)
+    if len(part.source) > BLOCK_LIMIT and not code: return LONG % escape(part.source).replace(END, MARK)
     env |= {'aside': [], 'formulas': 0}
-    for token in part.tokens: token.children = [] if token.type == 'inline' else None
+    for token in part.tokens:
+        if token.type == 'inline':
+            token.children, token.content = [], complete(token.content) if END in token.content else token.content
     PARSER.core.process(StateCore('', PARSER, env, part.tokens))
     html = clean(PARSER.renderer.render(part.tokens, PARSER.options, env)).strip()
     return re.sub(f'{ASIDE}(\\d+){ASIDE}', lambda found: env['aside'][int(found[1])], html).replace(END, '')
@@ -1481,8 +1486,8 @@ def notes_section(env):
 def render(text):
     """Markdown -> the safe HTML of its blocks, one element each; a section of notes comes last if there are any."""
     env = surroundings({}, {}, {})
-    _, tops, _ = parse(normal(text), env)
-    return [write(part, env) for part in tops if not part.label] + notes_section(env)
+    _, parts = parse(normal(text), env)
+    return [write(part, env) for part in parts] + notes_section(env)
 
 SAID = re.compile(r'^ {0,3}(`{3,})([^`\n]*)\n(.*?)(?:^ {0,3}\1`*[ \t]*(?:\n|\Z)|\Z)'  # fenced code, or lines of words
                   r'|(?:(?!^ {0,3}`{3,}[^`\n]*\n)(?:[^\n]+\n?|\n)){1,20}', re.M | re.S)
@@ -1515,53 +1520,26 @@ class Mend:             # closed block `n` (from 0) looks different now that a d
     n: int
     html: str
 
-INTERRUPTS = {'fence', 'blockquote_open', 'hr', 'bullet_list_open', 'ordered_list_open', 'math_block'}  # any paragraph
 def final(state, part, after=None):
     """Can no later line reach this block, which `after` follows?"""
-    if part.label: return False  # a note at the end stays in the tail, where it can be seen
     token, line = part.tokens[0], part.lines[1]
     if token.type == 'fence': return token.content.count('\n') == token.map[1] - token.map[0] - 2  # it has its end
     if token.type == 'hr' or token.markup[:1] == '#' or token.type == 'math_block' and token.meta['closed']: return True
     blank = line < state.lineMax and state.isEmpty(line)
-    if not after: return blank and token.type not in ('bullet_list_open', 'ordered_list_open', 'code_block')
-    if blank or state.isEmpty(line - 1): return True
-    first = None if after.label else after.tokens[0]
-    return after.lines[0] == line and (not first or first.type in INTERRUPTS or first.markup[:1] == '#')
+    if after: return blank or state.isEmpty(line - 1)
+    return blank and token.type not in ('bullet_list_open', 'ordered_list_open', 'code_block')
 
-# Letters that mean nothing where they stand, inside a line that has begun: no parser need see them.
-PLAIN = re.compile(r'(?:[^\W_]|[ ,;\'"?!(){}%=+^.-]|[^\x00-\x7f]|:(?=[ \w]|$)|(?<![:/])/(?!/))+')
-MARKS, SYNTAX = re.compile(r'[`*_|$\\<>&~!]'), re.compile(r'[*_`|~#>]+')
-FENCE_END = re.compile(r' {0,3}(?:`{0,50}|~{0,50})[ \t]{0,40}')  # or the beginning of one
-# A last line that may still become anything is not shown yet; neither is a run of marks at its end.
-UNDECIDED = re.compile(r'[ >\t]*(?:[-+*]|\d{1,9}[.)]?)?[ \t]*'
-                       r'(?:\[[ xX]?\]?|[-=*_+`~#|:$>\\ \t]{0,80}|\\\[|\[\^?[^\]\s]*\]?:?[^ ]*)')
-LOOSE = re.compile(r'(?:[*_~`\\$|<!]+|\\[([]|<[\w:/.@-]*|&#?\w{0,31}|\[\^[^\]\s]*)$')
-LINK = re.compile(r'!?\[([^\[\]\n]*)(?:\](?:\([^()\n]*)?)?$')
-RUN = re.compile(r'(`+)(?!`)(?:(?!\1).)*?(?<!`)\1(?!`)|\\[^()[\]]'  # whole code, escapes; and marks that may be open
+# What is loose at the end of a tail; a link that has begun; whole code, escapes, and marks that may be open.
+LOOSE = re.compile(r'(?:[*_~`\\$|<!]+|\\[([]|<[\w:/.@-]*|&#?\w{0,31}|\[\^[^\]\s]*)\Z')
+LINK = re.compile(r'!?\[([^\[\]\n]*)(?:\](?:\([^()\n]*)?)?\Z')
+RUN = re.compile(r'(`+)(?!`)(?:(?!\1).)*?(?<!`)\1(?!`)|\\[^()[\]]'
                  r'|(?P<mark>`+|\*+|~~|(?<![^\W_])_+|_+(?![^\W_])|\$\$?|\\.)', re.S)
-NEW_TEXT = re.compile(r'\n[ \t]*\n|\n[ \t>]*(?:[-+*]|\d+[.)]|#+|\|)(?=[ \t])|\|')
-# a block of a formula that is open
-OPEN_FORMULA = re.compile(r'^[ \t]*(?:\$\$|\\\[)(?:(?!\$\$|\\\]|\n[ \t]*\n)[\s\S])*\Z', re.M)
-def complete(source):
-    """`source` with what is open at its end closed, and `END` where letters may follow. For the tail only: this is a
-    guess that the next render may overturn; closed blocks never see it."""
-    body, _, line = source.rpartition('\n')
-    if len(re.findall(r'^[ \t>]*(?:[-+*][ \t]+|\d+[.)][ \t]+)?(?:```|~~~)', source, re.M)) % 2:  # a fence in a list
-        return source + END if not re.fullmatch(r'[ \t]*[`~]*', line[:100]) else source[:len(source) - len(line)]
-    if len(line) < 200 and UNDECIDED.fullmatch(line): source, line = body.rstrip('\n'), ''
-    above, newline, row = source.rpartition('\n')
-    if row[:1] == '|' in row[1:] and len(row) <= CALM and (above + newline)[-2:] in ('', '\n', '\n\n'):  # a table
-        return source + END * (row[-1] not in '|*_`\\') + '\n' + '|-' * row.rstrip('| ').count('|') + '|'
-    if OPEN_FORMULA.search(source, max(0, len(source) - CALM)): return source + END
-    return balanced(source) if line else source
-
-def balanced(source):
-    """What is loose at the end goes, code, emphasis, formulas and links that are open are closed."""
-    at = max(0, len(source) - CALM)
-    for found in NEW_TEXT.finditer(source, at): at = found.end()
-    text, open_ = source[at:], []
+def complete(words):
+    """The last words of a tail without what is loose; code, emphasis, formulas and links that are open are closed, with
+    `END` where letters may follow. A guess that the next render may overturn; closed blocks never see it."""
+    head, text, open_ = words[:-CALM], words[-CALM:].replace(END, ''), []
     end = '' if LOOSE.search(text[-80:]) or re.search(r'://\S*$|\](?:\([^)]*)?$', text[-800:]) else END
-    while found := LOOSE.search(text[-80:]): text = text[:len(text) - len(found[0])]
+    while found := LOOSE.search(text[-80:]): text = text[:-len(found[0])]
     text = LINK.sub(r'\1', text)
     for run in RUN.finditer(text):
         mark, after = run['mark'], text[run.end():run.end() + 1]
@@ -1569,35 +1547,45 @@ def balanced(source):
         if mark in open_ and not text[run.start() - 1].isspace(): del open_[open_.index(mark):]
         elif open_ and open_[-1][0] in '$\\' or mark in CLOSING.values(): continue
         elif after.strip() and not (mark == '$' and after.isdigit()): open_.append(CLOSING.get(mark, mark))
-    return source[:at] + text + end + ''.join(reversed(open_))
+    return head + text + end + ''.join(reversed(open_))
 
-def weight(text): return len(text) + 3 * len(MARKS.findall(text)) + 25 * text.count('[')  # about us to typeset it
+# Letters that mean nothing where they stand, inside a line that has begun: no parser need see them.
+PLAIN = re.compile(r'(?:[^\W_]|[ ,;\'"?!(){}%=+^.-]|[^\x00-\x7f]|:(?=[ \w]|$)|(?<![:/])/(?!/))+')
+SYNTAX = re.compile(r'[*_`|~#>]+')
+# A last line that may still become anything is not shown yet; nor is what may be the end of a fence.
+UNDECIDED = re.compile(r'[ >\t]*(?:[-+*]|\d{1,9}[.)]?)?[ \t]*'
+                       r'(?:\[[ xX]?\]?|[-=*_+`~#|:$>\\ \t]{0,80}|\\\[|\[\^?[^\]\s]*\]?:?[^ ]*)')
+FENCE_END = re.compile(r' {0,3}(?:`{0,50}|~{0,50})[ \t]{0,40}')
+# Begun like this after a blank line, a line starts a block of its own, whatever comes of it.
+BEGUN = r'(?:[*_`]*[^\W\d]|#{1,6} \S)'
+NEW_BLOCK = re.compile(rf'\n[ \t]*\n{BEGUN}|\n```[^`\n]*\n')
+
+def weight(text): return len(text) + 25 * text.count('[')  # in 5 us to typeset it, or less
 
 class Typesetter:
     """Typesets a reply while it is written: feed pieces of text, get changes. After `finish()`, `blocks` equals
     `render(whole text)`, string for string.
-    Cost: the tail is set again when a piece could be syntax, a long one only when it has grown by an eighth; it is
-    searched for closed blocks on the same terms. So a text of n characters costs O(n). An open fence is never parsed.
-    A definition that arrives late costs one more inline parse of those closed blocks that have a `[`, at the end."""
+    Cost: the tail is parsed when a piece could be syntax, a long one only when it has grown by an eighth or a new block
+    has begun. So a text of n characters costs O(n). An open fence is never parsed. A text with notes or definitions,
+    which may be used above them, costs one more render at the end."""
     def __init__(self):
-        self.blocks, self.work = [], 0    # work: characters given to the parser so far, for the tests
-        self._kept = []                   # (n, part, definitions known then): what a late definition may change
+        self.blocks, self.work = [], 0      # work: characters given to the parser so far, for the tests
+        self._lines = io.IncrementalNewlineDecoder(None, True)  # keeps a piece's last '\r', perhaps half a line end
+        self._above = []                                        # the text of the blocks
         self._references, self._notes, self._numbers = {}, {}, {}
-        self._return = ''                 # a piece's last '\r', which may be half a line end
         self._start('')
 
     def _start(self, text):  # a new tail
         self._pieces, self._size, self._weight = [text], len(text), weight(text)
-        self._line = text.rpartition('\n')[2][:100]               # of the last line no more than that matters
-        self._lead, self._blank = '', False                       # how it begins, whether its last whole line is blank
-        self._due, self._search_at, self._fence = False, 0, None  # the token of a fence that is open
-        self._html, self._marked, self._shown = '', False, 0      # as it was last set, at the size `_shown`
-        self._added, self._held = [], ''                          # since then; what may be the end of a fence
+        self._end, self._fence = text[-100:], None            # a pattern: how the open fence would end
+        self._html, self._marked, self._shown = '', False, 0  # as it was last set, at the size `_shown`
+        self._added, self._held = [], ''                      # since then; what may be the end of a fence
+        self._vain = 0                                        # the size at which a new block closed nothing
 
     @property
     def heavy(self):
         """May the next feed, of an ordinary piece, take longer than about 10 ms? Then call it in a thread."""
-        return (self._size if self._fence else self._weight) > 5_000
+        return self._size > 5_000 if self._fence else self._weight > 2_000
 
     @property
     def tail(self): return self._html.replace(MARK, escape(''.join(self._added)) + MARK)
@@ -1605,107 +1593,84 @@ class Typesetter:
 
     def feed(self, piece):
         """The text that came since. -> changes in their order: blocks first, then at most one Tail or Text."""
-        text, before = self._return + piece, self._pieces[-1][-1:]
-        self._return = '\r' if text.endswith('\r') else ''
-        text = normal(text.removesuffix('\r'))
+        text = normal(self._lines.decode(piece))
         if not text: return []
+        recent, at = self._end + text, len(self._end)
         self._pieces.append(text)
-        self._size, self._weight = self._size + len(text), self._weight + weight(text)
-        if self._may_have_closed(text) and (closed := self._search()): return closed + self._set(moved=True)
-        if self._fence and self._marked: text = self._but_end(text)
-        elif self._marked and (self._shown > BLOCK_LIMIT or PLAIN.fullmatch(before + text, len(before))): pass
-        elif self._fence or self._shown <= CALM or self._size * 8 >= self._shown * 9: return self._set()
-        else: text = SYNTAX.sub('', text) * self._marked
+        self._size, self._weight, self._end = self._size + len(text), self._weight + weight(text), recent[-100:]
+        plain = self._marked and (self._shown > BLOCK_LIMIT or PLAIN.fullmatch(recent, at))
+        if self._fence:
+            if self._fence.search(recent): return self._set()
+            text = self._but_end(text)
+        elif NEW_BLOCK.search(recent) and self._size * 8 >= self._vain * 9:
+            self._vain = self._size  # unless a block closes now
+            return self._set()
+        elif not plain:
+            if self._shown <= CALM or self._size * 8 >= self._shown * 9: return self._set()
+            text = SYNTAX.sub('', text) * self._marked
         self._added.append(text)
         return [Text(text)] if text else []
 
-    def _may_have_closed(self, text):  # a cheap guess: a wrong yes costs a parse, a wrong no only time
-        *lines, line = (self._line + text).split('\n')
-        if lines: self._blank = not lines[-1].strip()
-        begun, self._line = self._blank and (lines or not self._line) and line[:1].isalpha(), line[:100]
-        if self._fence: return any(self._fence.markup in line and FENCE_END.fullmatch(line) for line in lines)
-        self._lead = self._lead or ''.join(lines)[:1]
-        on = [self._lead] * (self._lead in '-+*>|') + [''] * (self._lead in '-+*0123456789')  # the same thing goes on
-        self._due = self._due or begun or any(line[:1] in '#`~$\\*_-+>|[' and line[:1] not in on
-                                              or line.rstrip().endswith(('$$', r'\]')) for line in lines)
-        return self._due and self._size >= self._search_at
-
-    def _search(self):
-        """Close what has closed. -> [Block, ...]"""
-        source = ''.join(self._pieces)
-        whole = source[:source.rfind('\n') + 1]
-        begun = self._blank and self._line[:1].isalpha()  # words: they end a list, whatever comes of them
-        env, state, tops = self._parse(whole + 'x\n' * begun)
-        n = next((n for n in range(len(tops), 0, -1) if final(state, *tops[n - 1:n + 1])), 0)
-        line = tops[n - 1].lines[1] if n else 0
-        start, rest = state.bMarks[line], tops[n:]
-        self._learn(env, line)
-        changes = [self._close(part, env) for part in tops[:n] if not part.label]
-        if n: self._start(source[start:])
-        self._due, self._search_at = False, self._size + self._size // (8 if self._size < BLOCK_LIMIT else 2) + 1
-        if len(rest) == 1 and not rest[0].label and rest[0].tokens[0].type == 'fence':
-            self._fence, self._code_at = rest[0].tokens[0], state.bMarks[rest[0].lines[0] + 1] - start
-        return changes
-
-    def _close(self, part, env):
-        self.work += len(part.source)
-        self.blocks.append(write(part, env))
-        if part.has('['): self._kept.append((len(self.blocks) - 1, part, len(self._references) + len(self._notes)))
-        return Block(self.blocks[-1])
-
-    def finish(self):
-        """The text is complete. -> changes: Mends, the last Blocks, an empty Tail."""
-        source, shown = ''.join(self._pieces) + normal(self._return), self._html
-        env, _, tops = self._parse(source)
-        self._learn(env, len(source) + 1)
-        env = surroundings(self._references, self._notes, {})
-        changes, known = [], len(self._references) + len(self._notes)
-        for n, part, then in self._kept:  # in order: all notes get their numbers here
-            if then == known and not part.has('[^'): continue
-            self.work += len(part.source)
-            before, self.blocks[n] = self.blocks[n], write(part, env)
-            if self.blocks[n] != before: changes.append(Mend(n, self.blocks[n]))
-        changes += [self._close(part, env) for part in tops if not part.label]
-        section, self._return = notes_section(env), ''
-        self.blocks += section
-        self._start('')
-        return changes + [Block(html) for html in section] + [Tail('')] * bool(shown)
-
-    def _set(self, moved=False):
+    def _set(self):
+        """Close what has closed, typeset the rest anew."""
         source, before = ''.join(self._pieces), self.tail
+        line = source[source.rfind('\n') + 1:]
+        decided = len(line) >= 200 or not UNDECIDED.fullmatch(line)
+        env = surroundings(ChainMap({}, self._references), ChainMap({}, self._notes), self._numbers, True)
+        state, parts = parse(source + END if decided else source[:len(source) - len(line)], env)
+        self.work += len(source)
+        whole = source.count('\n')  # lines; what the last one says counts only if nothing can change it
+        sure = [part for part in parts if part.lines[0] < whole or re.match(BEGUN, line)]
+        n = next((n for n in range(len(parts), 0, -1)
+                  if parts[n - 1].lines[1] <= whole and final(state, *sure[n - 1:n + 1])), 0)
+        cut, fence = parts[n - 1].lines[1] if n else 0, None
+        if parts[n:] and parts[-1].tokens[0].type == 'fence' and parts[-1].lines[0] < whole:  # it ends what is above it
+            n, cut, fence = len(parts) - 1, parts[-1].lines[0], parts[-1].tokens[0]
+        # Of the definitions keep those above the cut; the others are not final yet.
+        links, notes = env['references'].maps[0], env['notes'].maps[0]
+        self._references |= {label: link for label, link in links.items() if link['map'][0] < cut}
+        self._notes |= {label: note for label, note in notes.items() if note.lines[0] < cut}
+        closed = surroundings(self._references, self._notes, self._numbers, True)
+        changes = [Block(write(part, closed)) for part in parts[:n]]
+        self.blocks += [block.html for block in changes]
+        if cut:
+            self.work += state.bMarks[cut]
+            self._above.append(source[:state.bMarks[cut]])
+            self._start(source[state.bMarks[cut]:])
         self._shown, self._added, self._held = self._size, [], ''
-        if not source.strip(): self._html = ''
-        elif self._fence:
-            self._html = figure(self._but_end(source[self._code_at:]) + END, unescape(self._fence.info), False)
-        elif self._size > BLOCK_LIMIT: self._html = LONG % (escape(source) + MARK)
-        else: self._html = self._sketch(source)
+        if fence:
+            code = self._but_end(source[state.bMarks[cut + 1]:])
+            self._html = figure(code + END, unescape(fence.info), False)
+            self._fence = re.compile(rf'\n {{0,3}}{fence.markup}{fence.markup[0]}*[ \t]*\n')
+        else: self._html = self._sketch(parts[n:], env)
         self._marked = MARK in self._html
-        return [Tail(self._html)] if moved or self._html != before else []
+        return changes + [Tail(self._html)] * bool(changes or self._html != before)
 
-    def _sketch(self, source):
-        """The open block as it would look if it ended well; notes' texts, which show up at the end only, below it."""
-        env, _, tops = self._parse(complete(source), tail=True)
-        html = ''.join(write(part, env) for part in tops if not part.label)
-        env['numbers'] = {label: env['numbers'].get(label, 1) for label in env['notes'].maps[0]}
+    def _sketch(self, parts, env):
+        """The open blocks as they would look if they ended well; notes' texts, which show up at the end only, below."""
+        if parts and re.fullmatch(r'\|.{0,300}', parts[-1].source): parts = parts[:-1]  # perhaps a table's head
+        env |= {'numbers': dict(self._numbers), 'tail': True}
+        html = ''.join(write(part, env) for part in parts)
+        env['numbers'] = {label: 1 for label in env['notes'].maps[0] if label not in self._notes}
         return html + ''.join(notes_section(env))
 
     def _but_end(self, code):  # more of a fence; what may be its closing line waits for the rest of that line
-        code, self._held = self._held + code, self._line if FENCE_END.fullmatch(self._line) else ''
+        line = self._end.rpartition('\n')[2]
+        code, self._held = self._held + code, line if FENCE_END.fullmatch(line) else ''
         return code.removesuffix(self._held)
 
-    def _parse(self, text, tail=False):
-        """-> (env, state, tops). What the text so far has defined stands under a layer for what `text` defines."""
-        self.work += len(text)
-        env = surroundings(ChainMap({}, self._references), ChainMap({}, self._notes),
-                           dict(self._numbers) if tail else self._numbers, True, tail)
-        state, tops, _ = parse(text, env)
-        return env, state, tops
-
-    def _learn(self, env, line):  # keep the definitions above `line`; the others are not final yet
-        links, notes = env['references'].maps[0], env['notes'].maps[0]
-        self._references |= {label: link for label, link in links.items() if link['map'][0] < line}
-        self._notes |= {label: note for label, note in notes.items() if note.lines[0] < line}
-        for new in links, notes: new.clear()
+    def finish(self):
+        """The text is complete. -> changes: Mends, the last Blocks, an empty Tail."""
+        source, before = ''.join(self._pieces) + self._lines.decode('', True), self.blocks
+        text, shown = ''.join(self._above) + source, self._html
+        env = surroundings(self._references, self._notes, self._numbers)
+        _, parts = parse(source, env)
+        again = any((self._references, self._notes, self._numbers))  # they may change what stands above them
+        self.work += 2 * len(text if again else source)
+        self.blocks = render(text) if again else before + [write(part, env) for part in parts]
+        self._start('')
+        mends = [Mend(n, html) for n, (html, old) in enumerate(zip(self.blocks, before, strict=False)) if html != old]
+        return mends + [Block(html) for html in self.blocks[len(before):]] + [Tail('')] * bool(shown)
 
 # %%
 if NOTEBOOK:
