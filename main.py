@@ -108,8 +108,9 @@ class Settings:
                            secret=True)
     auth_token: str = setting('', 'a bearer token instead of a key', 'ANTHROPIC_AUTH_TOKEN', secret=True)
     base_url: str = setting('', 'any server that speaks the Messages API', 'ANTHROPIC_BASE_URL')
-    model: str = setting('claude-sonnet-5-5', 'the model that answers')
+    model: str = setting('claude-sonnet-5-5', 'the model that answers where none was chosen')
     max_tokens: int = setting(16_000, 'the longest answer, in tokens', low=1, high=1_000_000)
+    prices: str = setting('', 'USD per million tokens, as {"model": [in, out, cache read, cache write]}')
     database_url: str = setting('sqlite:///data/parley.db', 'where conversations are kept')
     host: str = setting('127.0.0.1', 'the address to listen on')
     port: int = setting(5001, 'the port to listen on', low=0, high=65_535)
@@ -132,6 +133,7 @@ class Settings:
     max_message_chars: int = setting(200_000, 'the longest question', low=1, high=10_000_000)
     max_reply_chars: int = setting(2_000_000, 'where an endless reply is cut', low=1, high=50_000_000)
     max_title_chars: int = setting(60, 'the longest title', low=2, high=400)
+    max_system_chars: int = setting(20_000, 'the longest system prompt', low=1, high=1_000_000)
     max_field_chars: int = setting(1_024, 'the longest field of a form that is not a message', low=50, high=10_000)
     max_body_bytes: int = setting(4_000_000, 'the longest body of a request', low=1_000, high=200_000_000)
     max_header_bytes: int = setting(32_768, 'the longest head of a request', low=4_096, high=1_000_000)
@@ -172,6 +174,11 @@ class Settings:
             raise SystemExit('DATABASE_URL must look like sqlite:///data/parley.db: only SQLite is supported so far')
         if self.base_url and not re.match(r'https?://[^\s/\[]+|https?://\[[0-9a-fA-F:.]+\]', self.base_url):
             raise SystemExit('ANTHROPIC_BASE_URL must begin with http:// or https://')
+        try: right = all(len(rates) == 4 and 0 <= min(map(float, rates)) and sum(rates) < 1e6
+                         for rates in self.own_prices.values())
+        except (ValueError, TypeError, AttributeError): right = False
+        if not right:
+            raise SystemExit('PRICES must look like {"claude-x": [2, 10, 0.2, 2.5]}: in, out, cache read, cache write')
         if self.log_level.upper() not in ('DEBUG', 'INFO', 'WARNING', 'ERROR'):
             raise SystemExit('LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR')
         try: [ip_network(part.strip()) for part in self.trusted_proxies.split(',') if part]
@@ -191,6 +198,8 @@ class Settings:
                              + ('' if self.fly_app_name else ', or HOST to 127.0.0.1'))
         return self
 
+    @property
+    def own_prices(self) -> dict[str, list[float]]: return json.loads(self.prices or '{}')
     @property
     def database(self) -> Path: return Path(self.database_url.removeprefix('sqlite:///'))
     @property
@@ -361,6 +370,7 @@ update conversation set seen = unixepoch('subsec');
 alter table message add column blocks text not null default '[]';
 alter table message add column meta text not null default '{}';
 alter table piece add column kind text not null default 'text';
+create table known (name text primary key, value text, at float);
 ''']
 
 def as_row(row: dict, kind):
@@ -502,9 +512,32 @@ class Store:
         "What the same send saved before. Raises `Refused` 409 when the key was used for another text."
         return self._sent(db, owner, conversation, text, key)
 
+    @reads
+    def choices(self, db, owner, conversation=None) -> dict:
+        "What was chosen for a conversation, by default for the one that was used last. Raises `Refused` 404."
+        if conversation: return self._conversation(db, owner, conversation).choices
+        rows = db.q('select * from conversation where owner = ? order by updated desc limit 1', [owner])
+        return as_row(rows[0], Conversation).choices if rows else {}
+
+    @writes
+    def choose(self, db, owner, conversation, choices: dict):
+        "Keep what was chosen for a conversation. Raises `Refused` 404."
+        self._conversation(db, owner, conversation)
+        db.execute('update conversation set choices = ? where id = ?', [json.dumps(choices), conversation])
+
+    @reads
+    def known(self, db, name):
+        "What was learnt last under this name, None for nothing."
+        rows = db.q('select value from known where name = ?', [name])
+        return json.loads(rows[0]['value']) if rows else None
+
+    @writes
+    def know(self, db, name, value):
+        db.execute('insert or replace into known values (?, ?, ?)', [name, json.dumps(value), time.time()])
+
     @writes_durably
-    def ask(self, db, owner, conversation, text, key, model) -> tuple[Message, Message, bool]:
-        """Save a question and its empty reply, in a new conversation if `conversation` is None.
+    def ask(self, db, owner, conversation, text, key, model, choices=None) -> tuple[Message, Message, bool]:
+        """Save a question and its empty reply, in a new conversation with `choices` if `conversation` is None.
 
         Returns both and whether they are new: the same `key` again finds what the first send saved.
         Raises `Refused`: 404 no such conversation, 409 a reply is running or the key was used for another text."""
@@ -512,7 +545,7 @@ class Store:
         if shutil.disk_usage(self.file.parent).free < self.limits.min_free_bytes:  # else not even deleting would work
             raise Unusable('the disk is nearly full')
         leaf = None
-        if conversation is None: conversation = self._begin(db, owner, text)
+        if conversation is None: conversation = self._begin(db, owner, text, choices or {})
         else: leaf = self._free_leaf(db, owner, conversation, text)
         question = self._add(db, owner, conversation, leaf, 'user', text, 'done', key=key)
         reply = self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
@@ -568,11 +601,12 @@ class Store:
         reply = db.q('select * from message where parent = ? order by id desc limit 1', [rows[0]['id']])[0]
         return as_row(rows[0], Message), as_row(reply, Message)
 
-    def _begin(self, db, owner, text):
+    def _begin(self, db, owner, text, choices):
         now, id = time.time(), secrets.token_urlsafe(12)
         title, most = ' '.join(text.split(None, 60)[:60]), self.limits.max_title_chars
         title = title if len(title) <= most else title[:most - 1].rsplit(' ', 1)[0] + '…'
-        self._insert(db, 'conversation', id=id, owner=owner, title=title, created=now, updated=now)
+        self._insert(db, 'conversation', id=id, owner=owner, title=title, created=now, updated=now,
+                     choices=json.dumps(choices))
         return id
 
     def _free_leaf(self, db, owner, conversation, typed=''):
@@ -645,7 +679,7 @@ class Fault(Exception):
         self.words, self.again, self.after, self.status = words, again, after, status
 
 STOPS = {'end_turn': '', 'stop_sequence': '',
-         'max_tokens': 'The answer reached MAX_TOKENS, the longest that is allowed here.',
+         'max_tokens': 'The answer reached the most tokens allowed: its maximum output, or MAX_TOKENS.',
          'refusal': 'Claude declined to go on with this.',
          'model_context_window_exceeded': 'The conversation has grown longer than the model can read.',
          'pause_turn': 'Claude paused too often and was not asked again.'}
@@ -653,11 +687,84 @@ FOREIGN = 'The server at the base URL does not speak the Messages API.'
 BROKE_OFF = 'The connection to Claude broke off.'
 BUSY = 'Claude is busy'
 TRIES, LONGEST_WAIT, RESUMES, LONGEST_EVENT, LONGEST_REFUSAL = 3, 15, 10, 4_000_000, 65_536
+LONGEST_LIST, MOST_MODELS = 1_000_000, 300
 
-def history(path: list[Message]) -> list[dict]:
+@dataclass(frozen=True)
+class Model:
+    "What a model can do, as the Models API says. One that is not listed there is sent plain text and nothing else."
+    id: str
+    name: str = ''
+    line: str = ''
+    lifecycle: str = 'active'  # active | deprecated | retired
+    created: str = ''  # days, as 2027-01-31
+    retires: str = ''
+    max_input: int = 0  # tokens; 0 is unknown
+    max_output: int = 0
+    known: bool = False  # its capabilities are
+    thinking: tuple = ()  # what may be sent as thinking.type
+    efforts: tuple = ()
+    tools: tuple = ()  # server tools
+    images: bool = False
+    pdfs: bool = False
+    citations: bool = False
+
+    @classmethod
+    def read(cls, told) -> 'Model | None':
+        "A model from an item of the list, whatever of it makes sense, None if that is nothing. Any server may send it."
+        id = told.get('id') if isinstance(told, dict) else None
+        if not isinstance(id, str) or not MODEL_ID.fullmatch(id): return None
+        def able(of): return isinstance(of, dict) and of.get('supported') is True
+        def inside(of): return [name for name in of if able(of[name]) and MODEL_ID.fullmatch(name)] if able(of) else []
+        def words(key): return ''.join(filter(str.isprintable, told[key][:80])) if type(told.get(key)) is str else ''
+        def day(key): return words(key)[:10]
+        def tokens(key): return told[key] if type(told.get(key)) is int and 0 < told[key] < 10**9 else 0
+        can = told.get('capabilities') if isinstance(told.get('capabilities'), dict) else {}
+        think, efforts = can.get('thinking'), inside(can.get('effort'))
+        types = think.get('types') if able(think) else None
+        return cls(
+            id, words('display_name').strip() or id, words('line'), words('lifecycle') or 'active',
+            day('created_at'), day('retires_at'), tokens('max_input_tokens'), tokens('max_tokens'), bool(can),
+            tuple(inside({'supported': True} | types) if isinstance(types, dict) else ()),
+            tuple(sorted(efforts, key=lambda e: EFFORTS.index(e) if e in EFFORTS else len(EFFORTS))),
+            tuple(inside(can.get('server_tools'))), *[able(can.get(what)) for what in READS])
+
+    @property
+    def ways(self) -> tuple:
+        "How one may choose that it thinks: on, off, both or not at all."
+        on, off = {'adaptive', 'enabled'} & {*self.thinking}, {'disabled', 'between_tools'} & {*self.thinking}
+        return ('on',) * bool(on) + ('off',) * bool(on and off)
+
+MODEL_ID, READS = re.compile(r'[A-Za-z0-9_.:/@+-]{1,100}'), ('image_input', 'pdf_input', 'citations')
+EFFORTS = ('low', 'medium', 'high', 'xhigh', 'max')  # in this order, and any new one after them
+
+# Prices are in no API. USD per million tokens (in, out, read from the cache, written to it for five minutes) as the
+# price list of 2026-11-10 has them, and where long prompts cost more: from how many tokens on, and how often as much.
+# A model that is missing here has an unknown price: its line's would be a guess.
+PRICES = {
+    'claude-fable-5-2': (8, 40, .2, 10), 'claude-fable-5-1': (10, 50, .25, 12.5), 'claude-fable-5': (10, 50, 1, 12.5),
+    'claude-mythos-5-1': (10, 50, .25, 12.5), 'claude-mythos-5': (10, 50, 1, 12.5),
+    'claude-opus-5-5': (4, 20, .2, 5), 'claude-sonnet-5-5': (2, 10, .1, 2.5), 'claude-sonnet-5': (2, 10, .2, 2.5),
+    'claude-haiku-5-5': (.1, .5, .01, .125, 100_000, 5), 'claude-haiku-4-5': (1, 5, .1, 1.25),
+    **dict.fromkeys(['claude-opus-5', *[f'claude-opus-4-{n}' for n in (5, 6, 7, 8)]], (5, 25, .5, 6.25)),
+    **dict.fromkeys(['claude-sonnet-4-5', 'claude-sonnet-4-6'], (3, 15, .3, 3.75))}
+
+THOUGHTS = ('thinking', 'redacted_thinking')
+
+def prefix_of(request: dict) -> str:
+    """A mark of what stands before the first message. Newer models take their thinking back only if nothing before it
+    has changed, else they refuse the whole request: https://platform.claude.com/docs/en/build-with-claude/preserved-thinking"""
+    before = json.dumps([request.get(name) for name in ('system', 'tools', 'mcp_servers')], sort_keys=True)
+    return hashlib.sha256(before.encode()).hexdigest()[:16]
+
+def history(path: list[Message], prefix='') -> list[dict]:
     """What Claude is sent: the path without empty messages. A partial reply stands as text before the next question,
-    never last: models refuse to go on from a text that isn't theirs to finish."""
-    turns = [{'role': m.role, 'content': (m.status == 'done' and m.blocks) or m.content} for m in path]
+    never last: models refuse to go on from a text that isn't theirs to finish. Thinking under another `prefix` (see
+    `prefix_of`) is left out, each time in the same way, so that what was thought since stays valid."""
+    def content(m):
+        if m.status != 'done': return m.content
+        same = m.role == 'user' or m.meta.get('prefix') == prefix
+        return [block for block in m.blocks if same or block.get('type') not in THOUGHTS] or m.content
+    turns = [{'role': m.role, 'content': content(m)} for m in path]
     turns = [turn for turn in turns if isinstance(turn['content'], list) or turn['content'].strip()]
     while turns and turns[-1]['role'] == 'assistant': turns.pop()
     return turns
@@ -766,7 +873,7 @@ class Claude:
     "One SDK client. `http` is the seam for tests and for the demo model: an `httpx2.AsyncClient`."
     def __init__(self, settings: Settings, http: httpx2.AsyncClient | None = None):
         import anthropic  # here, for it takes longer than all others together: a bad setting is refused at once
-        self.settings = settings
+        self.settings, self.models = settings, {}
         if settings.demo and http is None: http = httpx2.AsyncClient(transport=Demo())
         http = http or anthropic.DefaultAsyncHttpxClient(follow_redirects=False)
         http.event_hooks['response'].append(shortened)
@@ -777,18 +884,101 @@ class Claude:
             default_headers={'accept-encoding': 'identity'}, http_client=http,
             timeout=httpx2.Timeout(settings.idle_seconds, connect=10))
 
-    @property
-    def model(self) -> str: return 'demo' if self.settings.demo else self.settings.model
+    async def listed(self) -> list[dict]:
+        "All that the Models API lists, as it says it, within bounds. Raises what the SDK or the parser raise."
+        found, room, after = [], LONGEST_LIST, {}
+        async with asyncio.timeout(self.settings.idle_seconds):
+            for _ in range(RESUMES):
+                async with self.sdk.models.with_streaming_response.list(
+                        lifecycle=['active', 'deprecated', 'retired'], limit=1000, **after) as response:
+                    if 'content-encoding' in response.headers: raise Fault(FOREIGN)
+                    body = bytearray()
+                    async for chunk in response.iter_bytes():
+                        body += chunk
+                        if len(body) > room: raise Fault('The list of models is too long to be read.')
+                told, room = json.loads(body), room - len(body)
+                found += filter(Model.read, told['data'])
+                after = {'after_id': told.get('last_id')}
+                if not told.get('has_more') or not isinstance(after['after_id'], str): break
+        return found[:MOST_MODELS]
 
-    def request(self, path: list[Message]) -> dict:
-        "The parameters of the call that answers `path`."
-        return {'model': self.model, 'max_tokens': self.settings.max_tokens, 'messages': history(path)}
+    def learn(self, listed: list[dict]):
+        "Know these models from now on."
+        self.models = {model.id: model for model in map(Model.read, listed) if model}
+
+    def default(self) -> Model:
+        "The model where none was chosen: MODEL, or once that is retired the next of its line."
+        id = 'demo' if self.settings.demo else self.settings.model
+        model = self.models.get(id) or Model(id, id)
+        return (model.lifecycle == 'retired' and self.nearest(model)) or model
+
+    def nearest(self, model: Model) -> Model | None:
+        "The active model of the same line that came next after this one, else the newest."
+        line = [m for m in self.models.values() if m.lifecycle == 'active' and m.line and m.line == model.line]
+        return min(line, key=lambda m: (m.created < model.created, m.created), default=None)
+
+    def model_of(self, choices: dict) -> Model: return self.models.get(choices.get('model')) or self.default()
+
+    def longest(self, model: Model) -> int:
+        "The most tokens that an answer may have."
+        return min(self.settings.max_tokens, model.max_output or self.settings.max_tokens)
+
+    def valid(self, said: Mapping, before: Mapping = {}) -> dict:
+        """What of `said` (as a form says it) can be chosen: what the list of models has, and a system prompt. A model
+        that is retired can only be kept from `before`. Raises `Refused` 413."""
+        said, most = {name: str(value) for name, value in said.items()}, self.settings.max_system_chars
+        listed = self.models.get(said.get('model'))
+        kept = {'model': listed.id} if listed and (listed.lifecycle != 'retired'
+                                                   or listed.id == before.get('model')) else {}
+        model = self.model_of(kept)
+        for name, allowed in (('effort', model.efforts), ('thinking', model.ways)):
+            if said.get(name) in allowed: kept[name] = said[name]
+        tokens = said.get('max_tokens', '')
+        if tokens.isdecimal() and len(tokens) < 9 and 0 < int(tokens) < self.longest(model):
+            kept['max_tokens'] = int(tokens)
+        system = said.get('system', '').strip()
+        if len(system) > most:
+            raise Refused(413, f'The system prompt has {len(system):,} characters; {most:,} are allowed.')
+        return kept | ({'system': system} if system else {})
+
+    def request(self, path: list[Message], choices: Mapping = {}) -> dict:
+        """The parameters of the call that answers `path`: what was chosen, as far as the model can do it. What nobody
+        chose is left out, so that the model's own default holds, which its makers tuned; only a model that decides by
+        itself how much it thinks (`adaptive`) is always asked to, for else its thinking would come hidden."""
+        model = self.model_of(choices)
+        most = min(choices.get('max_tokens') or self.longest(model), self.longest(model))
+        request = {'model': model.id, 'max_tokens': most}
+        if choices.get('system'): request['system'] = choices['system']
+        if model.known: request['cache_control'] = {'type': 'ephemeral'}  # the API finds the place by itself
+        think = choices.get('thinking') if choices.get('thinking') in model.ways else None
+        effort = choices.get('effort') if choices.get('effort') in model.efforts else None
+        if think == 'off':
+            request['thinking'] = {'type': 'disabled' if 'disabled' in model.thinking else 'between_tools'}
+            if effort in EFFORTS[3:]: effort = 'high'  # more is refused without thinking
+        elif 'adaptive' in model.thinking: request['thinking'] = {'type': 'adaptive', 'display': 'summarized'}
+        elif think == 'on' and most > 1024:
+            request['thinking'] = {'type': 'enabled', 'budget_tokens': max(1024, most // 2)}
+        if effort: request['output_config'] = {'effort': effort}
+        return request | {'messages': history(path, prefix_of(request))}
+
+    def rates(self, model: str) -> tuple | None:
+        "Of PRICES, the setting first; an id may end in a date that its price does not."
+        known = PRICES | self.settings.own_prices
+        return known.get(model) or known.get(re.sub(r'[@-]20\d{6}$', '', model))
+
+    def price(self, model: str, usage: Mapping) -> float | None:
+        "What a call cost, in USD; None where nobody can say."
+        if not (rates := self.rates(model)): return None
+        fresh, said, read, written = (usage.get(name) or 0 for name in (
+            'input_tokens', 'output_tokens', 'cache_read_input_tokens', 'cache_creation_input_tokens'))
+        times = rates[5] if len(rates) > 4 and fresh + read + written > rates[4] else 1
+        return times * (fresh * rates[0] + said * rates[1] + read * rates[2] + written * rates[3]) / 1e6
 
     async def reply(self, request: dict) -> AsyncIterator[str | Thought | Whole | Waiting | Ended]:
         """What Claude says to `request` (the parameters of a call), as it comes; `Ended` is last, whatever happens.
         Tries again only before anything was said."""
         began = time.monotonic()
-        said, give_up, meta = False, began + self.settings.retry_seconds, {}
+        said, give_up, meta = False, began + self.settings.retry_seconds, {'prefix': prefix_of(request)}
         for attempt in range(1, TRIES + 1):
             try:
                 async for event in self._once(request, meta):
@@ -797,7 +987,7 @@ class Claude:
                     yield self._timed(event, meta, began)
                 return
             except Exception as error:  # noqa: BLE001 the SDK, the HTTP client and the parser share no base
-                fault = explain(error, said, self.settings)
+                fault = explain(error, said, request['model'])
             wait = fault.after or 2 ** attempt * random.uniform(0.25, 0.75)  # noqa: S311 jitter, not a secret
             if said or not fault.again or attempt == TRIES or wait > LONGEST_WAIT or time.monotonic() + wait > give_up:
                 words = fault.words
@@ -896,7 +1086,7 @@ def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
     try: return max(0.0, float(headers.get('retry-after', '')))
     except ValueError: return None
 
-def explain(error: Exception, said: bool, settings: Settings) -> Fault:
+def explain(error: Exception, said: bool, model: str) -> Fault:
     "Any exception of a call to Claude as a `Fault` in our words; nothing of its text is shown but the API's message."
     import anthropic
     log.warning('upstream fault: %s %s', type(error).__name__, getattr(error, 'status_code', ''))
@@ -910,7 +1100,8 @@ def explain(error: Exception, said: bool, settings: Settings) -> Fault:
             asks = f' and asks to wait {after:.0f} s before Retry' if after and after > LONGEST_WAIT else ''
             return Fault(f'{BUSY} ({code}){asks}.', again=True, after=after)
         case anthropic.APIStatusError(status_code=404):
-            return Fault(f'The server at the base URL knows no such address or no model “{settings.model}”: set MODEL.')
+            return Fault(f'The server at the base URL knows no such address or no model “{model}”: choose '
+                         'another, or set MODEL.')
         case anthropic.APIStatusError(body={'error': {'message': str()} as told}): return upstream_error(told)
         case anthropic.APIStatusError(): return Fault(FOREIGN)
         case TimeoutError() | anthropic.APITimeoutError() | httpx2.TimeoutException():
@@ -964,11 +1155,27 @@ class DemoStream(httpx2.AsyncByteStream):
         yield event('message_delta', delta=dict(stop_reason='end_turn'), usage=dict(output_tokens=len(self.words)))
         yield event('message_stop')
 
+def demo_model(id, name, **can):
+    "An item of the demo's list of models; what is not named in `can` it can't do."
+    yes = {'supported': True}
+    return {'type': 'model', 'id': id, 'display_name': name, 'line': 'demo', 'lifecycle': 'active', 'max_tokens': 8_000,
+            'max_input_tokens': 200_000, 'created_at': '2026-11-01T00:00:00Z', 'capabilities': {'citations': yes} | {
+                name: yes | ({each: yes for each in inside} if name != 'thinking' else
+                             {'types': {each: yes for each in inside}}) for name, inside in can.items()}}
+
+DEMO_MODELS = [
+    demo_model('demo', 'Demo', thinking=['adaptive', 'disabled'], effort=EFFORTS, image_input=[], pdf_input=[],
+               server_tools=['web_search', 'web_fetch']),
+    demo_model('demo-plain', 'Demo, plain text only'),
+    demo_model('demo-old', 'Demo, once', thinking=['enabled', 'disabled']) | {
+        'lifecycle': 'retired', 'created_at': '2025-01-01T00:00:00Z', 'retires_at': '2026-10-01T00:00:00Z'}]
+
 class Demo(httpx2.AsyncBaseTransport):
-    "Answers POST /v1/messages as the Messages API does; `pace` 0 says all at once."
+    "Answers as the Messages API and the Models API do; `pace` 0 says all at once."
     def __init__(self, pace=1.0): self.pace = pace
 
     async def handle_async_request(self, request):
+        if request.method == 'GET': return httpx2.Response(200, json={'data': DEMO_MODELS, 'has_more': False})
         text, pause = demo_answer(json.loads(await request.aread())['messages'][-1]['content'])
         return httpx2.Response(200, headers={'content-type': 'text/event-stream'},
                                stream=DemoStream(text, pause * self.pace))
@@ -1052,31 +1259,69 @@ class Turns:
         self.running: dict[str, Turn] = {}
         self.grew, self.began, self.closing = asyncio.Event(), asyncio.Event(), False
         self.keeper: asyncio.Task | None = None
+        self.learner, self.stale = None, asyncio.Event()  # who asks for the list of models, and that it is old
         self.asking: list[str] = []  # the owners of replies that are about to begin
         self.messages = Pace(settings.messages_per_hour, 3600)
         self.conversations = Pace(settings.conversations_per_hour, 3600)
 
-    async def ask(self, owner, conversation, text, key=None) -> tuple[Message, Message]:
-        """Save a question and start the reply.
+    async def open(self):
+        "Know the models of last time at once, and begin to ask for today's."
+        self.claude.learn(await self.store.known('models') or [])
+        self.learner = asyncio.create_task(self._learn())
+
+    async def _learn(self):
+        "Ask for the list of models every few hours, and sooner when one failed or is not on it; never in the way."
+        while True:
+            wait = 6 * 3600
+            try:
+                if listed := await self.claude.listed():
+                    self.claude.learn(listed)
+                    await self.store.know('models', listed)
+            except Exception as error:  # noqa: BLE001 whatever it is, yesterday's list or none will do
+                log.info('the list of models can not be had: %s', type(error).__name__)
+                wait = 600
+            await asyncio.sleep(60)
+            self.stale.clear()
+            with contextlib.suppress(TimeoutError): await asyncio.wait_for(self.stale.wait(), wait)
+
+    async def first_choices(self, owner) -> dict:
+        "What a new conversation begins with: what was chosen for the last one, but not what was said to it."
+        last = await self.store.choices(owner)
+        return self.claude.valid({name: value for name, value in last.items() if name != 'system'})
+
+    async def _chosen(self, owner, conversation, text, choices=None) -> tuple[dict, str]:
+        """What holds for the next reply of a conversation, and the id of the model that writes it.
+        Raises `Refused` 404, 409 the model is retired."""
+        if conversation: choices = await self.store.choices(owner, conversation)
+        elif choices is None: choices = await self.first_choices(owner)
+        model = self.claude.model_of(choices)
+        if model.id not in self.claude.models: self.stale.set()
+        if model.lifecycle != 'retired': return choices, model.id
+        raise Refused(409, f'{model.name} is retired and answers no more: choose another model.', text)
+
+    async def ask(self, owner, conversation, text, key=None, choices=None) -> tuple[Message, Message]:
+        """Save a question and start the reply; `choices` are for a new conversation, by default those of the last.
         Raises `Refused` 422 blank, 413 too long, 429 too many, 503 stopping, and Store.ask's."""
         limit = self.settings.max_message_chars
         if not text.strip(): raise Refused(422, 'Write something first.', text)
         if len(text) > limit: raise Refused(413, f'This has {len(text):,} characters; {limit:,} are allowed.', text)
-        return await asyncio.shield(self._asked(owner, conversation, text, key))
+        return await asyncio.shield(self._asked(owner, conversation, text, key, choices))
 
-    async def _asked(self, owner, conversation, text, key):
+    async def _asked(self, owner, conversation, text, key, choices):
         "Shielded, so that a client that hangs up between the commit and the start leaves no reply without its task."
         if key and (before := await self.store.sent(owner, conversation, text, key)): return before
+        choices, model = await self._chosen(owner, conversation, text, choices)
         with self._open_for(owner, text, conversation is None):
-            question, reply, new = await self.store.ask(owner, conversation, text, key, self.claude.model)
+            question, reply, new = await self.store.ask(owner, conversation, text, key, model, choices)
             if new: self._start(reply)
             return question, reply
 
     async def retry(self, owner, conversation) -> tuple[Message, Message]:
         "A new reply to the last question. Raises `Refused` as `ask` does."
         async def retried():
+            _, model = await self._chosen(owner, conversation, '')
             with self._open_for(owner):
-                question, reply = await self.store.retry(owner, conversation, self.claude.model)
+                question, reply = await self.store.retry(owner, conversation, model)
                 self._start(reply)
                 return question, reply
         return await asyncio.shield(retried())
@@ -1115,7 +1360,7 @@ class Turns:
         for turn in self.running.values():
             turn.cancel(Ended('interrupted', STOPPED))
         await self._over(list(self.running.values()), 2)
-        if self.keeper: self.keeper.cancel()
+        for task in filter(None, (self.keeper, self.learner)): task.cancel()
 
     async def _over(self, turns, seconds):
         async def wait(turn):
@@ -1133,15 +1378,18 @@ class Turns:
     async def _write(self, turn):
         "The one owner of a reply: hears Claude out, or as far as it goes."
         try:
-            _, path = await self.store.path(turn.reply.owner, turn.reply.conversation)
-            async with contextlib.aclosing(self.claude.reply(self.claude.request(path))) as events:
+            conversation, path = await self.store.path(turn.reply.owner, turn.reply.conversation)
+            request = self.claude.request(path, conversation.choices | {'model': turn.reply.model})
+            async with contextlib.aclosing(self.claude.reply(request)) as events:
                 async for event in events:
                     match event:
                         case str(): await self._hear(turn, 'text', event)
                         case Thought(text): await self._hear(turn, 'thought', text)
                         case Whole(block): await self._hear(turn, 'block', json.dumps(block))
                         case Waiting(seconds): turn.show(f'{BUSY}, trying again in {seconds:.0f} s')
-                        case Ended(): turn.end = event
+                        case Ended():
+                            turn.end = event
+                            if event.status == 'failed': self.stale.set()  # perhaps the model is no more
                     if turn.size >= self.settings.max_reply_chars:
                         turn.end = Ended('interrupted', 'The reply was cut: it is longer than MAX_REPLY_CHARS.')
                         break
@@ -1868,7 +2116,7 @@ EXAMPLES = ['What is recursion? Show me with a short Python function.', 'Compare
 
 def Empty(model):
     "The first page. An example is a form of its own, with a key, so that two clicks are one question."
-    demo = model == 'demo'
+    demo = model.line == 'demo' or model.id == 'demo'
     return Div(
         H2('A quiet place to talk with Claude'),
         Ul(Li('Ask anything. The answer is set in type here while it is being written.'),
@@ -1876,7 +2124,7 @@ def Empty(model):
            Li('Everything stays in one file on your own disk, and no other site hears of it.')),
         P('The demo model answers, because no key is set. It does not think, but it streams: say ', B('slow'), ' or ',
           B('long'), ' to it. Set ', Code('ANTHROPIC_API_KEY'), ' and start again to talk with Claude.', cls='demo')
-        if demo else P(f'{model} answers.', cls='demo'),
+        if demo else P(f'{model.name} answers.', cls='demo'),
         Div(*[Form(Input(type='hidden', name='message', value=words),
                    Input(type='hidden', name='key', value=secrets.token_urlsafe(12)),
                    Button(words), method='post', action='/') for words in EXAMPLES], cls='examples'), id='empty')
@@ -2814,7 +3062,7 @@ async def form_of(req: Request) -> dict[str, str]:
         try: form = dict(parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=20))
         except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
     most = parley(req).settings.max_field_chars
-    if all(len(value) <= most for name, value in form.items() if name != 'message'): return form
+    if all(len(value) <= most for name, value in form.items() if name not in ('message', 'system')): return form
     raise Refused(413, 'A field of this form is too long.', form.get('message', ''))
 
 async def bubble(req, message, make=Reply):
@@ -2848,12 +3096,13 @@ async def sent(req, question, reply, *more):
     return (await bubble(req, question), await bubble(req, reply), Key(hx_swap_oob='true'), *more)
 
 @rt.get('/')
-async def home(req): return await page(req, 'Parley', Empty(parley(req).claude.model))
+async def home(req): return await page(req, 'Parley', Empty(parley(req).claude.default()))
 
 @rt.post('/')
 async def begin(req):
-    form = await form_of(req)
-    question, reply = await parley(req).turns.ask(owner(req), None, form.get('message', ''), form.get('key') or None)
+    form, here = await form_of(req), parley(req)
+    choices = here.claude.valid(form) if 'model' in form else None
+    question, reply = await here.turns.ask(owner(req), None, form.get('message', ''), form.get('key') or None, choices)
     conversation, _ = await parley(req).store.path(owner(req), reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
     return await sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
@@ -2914,6 +3163,13 @@ async def stop(req, conversation_id: str):
     await parley(req).turns.stop(owner(req), conversation_id)
     place = show.to(conversation_id=conversation_id)
     return Response(status_code=204) if by_htmx(req) else RedirectResponse(place, 303)
+
+@rt.post('/c/{conversation_id}/choices')
+async def choose(req, conversation_id: str):
+    form, here = await form_of(req), parley(req)
+    before = await here.store.choices(owner(req), conversation_id)
+    await here.store.choose(owner(req), conversation_id, here.claude.valid(form, before))
+    return RedirectResponse(show.to(conversation_id=conversation_id), 303)
 
 @rt.post('/c/{conversation_id}/retry')
 async def retry(req, conversation_id: str):
@@ -3067,6 +3323,7 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
 
     async def lifespan(app):
         await door.open()
+        await turns.open()
         gc.collect()
         gc.freeze()  # what is here stays: a collection that looked at it again would stall every stream by 100 ms
         yield

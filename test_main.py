@@ -131,7 +131,7 @@ def words(content): return content if isinstance(content, str) else ''.join(b.ge
 class Upstream(httpx2.AsyncBaseTransport):
     """Claude as the tests need him. `says` and `plays` make a new question with its own answer, or one answer after
     the other for one try after the other; the last one stays. Any other question is answered by its echo."""
-    def __init__(self): self.plans, self.calls = {}, []
+    def __init__(self): self.plans, self.calls, self.models = {}, [], None
 
     def says(self, *steps, stop='end_turn'): return self.plays(says(*steps, stop=stop))
 
@@ -142,6 +142,15 @@ class Upstream(httpx2.AsyncBaseTransport):
 
     def called(self, question): return [c for c in list(self.calls) if question in c.questions[-1:]]
 
+    def listed(self, request):
+        "GET /v1/models: nothing there, unless a test has set a list (of pages), bytes or an exception."
+        if isinstance(self.models, Exception): raise self.models
+        if isinstance(self.models, bytes): return httpx2.Response(200, content=self.models, request=request)
+        if self.models is None: return httpx2.Response(404, content=b'<html>', request=request)
+        page = int(request.url.params.get('after_id', 0))
+        told = {'data': self.models[page], 'has_more': page + 1 < len(self.models), 'last_id': str(page + 1)}
+        return httpx2.Response(200, json=told, request=request)
+
     def answer(self, body, headers):
         call = Call(json.loads(body), headers)
         question = call.questions[-1]
@@ -151,6 +160,7 @@ class Upstream(httpx2.AsyncBaseTransport):
         return call, plan[min(tries, len(plan) - 1)]
 
     async def handle_async_request(self, request):
+        if request.method == 'GET': return self.listed(request)
         call, answer = self.answer(await request.aread(), request.headers)
         try: await wait(answer.before)
         except BaseException:
@@ -463,7 +473,8 @@ def test_every_setting_has_a_default_that_works():
     ('PORT', 'many'), ('PORT', '70000'), ('PORT', '-1'), ('MAX_TOKENS', 'ten'), ('MAX_TOKENS', '0'),
     ('IDLE_SECONDS', 'soon'), ('STALL_SECONDS', '-1'), ('DRAIN_SECONDS', 'nan'), ('MAX_MESSAGE_CHARS', '1e9'),
     ('LOG_LEVEL', 'loud'), ('DATABASE_URL', 'postgres://me:canary@host/db'), ('DATABASE_URL', 'canary'),
-    ('ANTHROPIC_BASE_URL', 'canary'),
+    ('ANTHROPIC_BASE_URL', 'canary'), ('PRICES', 'canary'), ('PRICES', '{"canary": [1, 2]}'), ('PRICES', '[1]'),
+    ('PRICES', '{"canary": [1, 2, 3, -4]}'), ('PRICES', '{"canary": [1, 2, 3, "x"]}'),
     ('ANTHROPIC_API_KEY', 'sk-ant-\ncanary'), ('ANTHROPIC_AUTH_TOKEN', 'tok\x00canary')])
 def test_a_setting_that_cannot_be_read_ends_the_start_in_one_line(name, value):
     with pytest.raises(SystemExit) as ended: main.Settings.read({name: value})
@@ -547,6 +558,154 @@ def test_what_is_sent_upstream(site, me, upstream):
         == [('user', question), ('assistant', 'Hello.'), ('user', second)]
     assert call.body['model'] == site.settings.model and call.body['max_tokens'] == site.settings.max_tokens
     assert call.body['stream'] is True and 'test' in (call.headers.get('authorization') or call.headers['x-api-key'])
+
+def can(id, line='nova', lifecycle='active', created='2026-01-01', **able):
+    "An item of GET /v1/models as the API writes it, with what is `able` supported and the rest not."
+    def inside(name, *kinds): return {kind: {'supported': kind in able.get(name, ())} for kind in kinds}
+    flags = {name: {'supported': name in able} for name in ('image_input', 'pdf_input', 'citations', 'batch')}
+    return {'type': 'model', 'id': id, 'display_name': f'The {id}', 'line': line, 'lifecycle': lifecycle,
+            'created_at': created + 'T00:00:00Z', 'deprecated_at': None, 'retires_at': able.get('retires'),
+            'max_tokens': able.get('most', 64_000), 'max_input_tokens': 500_000, 'capabilities': flags | {
+                'thinking': {'supported': 'thinking' in able, 'types': inside(
+                    'thinking', 'adaptive', 'between_tools', 'enabled') | {'disabled': {
+                        'supported': 'thinking' not in able or 'disabled' in able['thinking']}}},
+                'effort': {'supported': 'effort' in able, **inside('effort', *sorted(able.get('effort', ['low'])))},
+                'server_tools': {'supported': False}, 'something_new': [1]}}
+
+NOVA = can('claude-nova-1', thinking=['adaptive', 'between_tools'], effort=['low', 'high', 'max', 'ultra'], most=9_000)
+MODELS = [NOVA, can('claude-old-1', thinking=['enabled', 'disabled'], created='2025-01-01'), can('claude-bare-1'),
+          can('claude-gone-1', lifecycle='retired', created='2024-01-01'), {'id': 'of-another-api', 'object': 'model'}]
+
+def knowing(*models, **settings):
+    claude = main.Claude(dataclasses.replace(main.Settings.read({}), api_key='test', **settings),
+                         httpx2.AsyncClient(transport=Upstream()))
+    claude.learn(list(models))
+    return claude
+
+PLAIN, CACHED, SHOWN = {}, {'cache_control': {'type': 'ephemeral'}}, {'type': 'adaptive', 'display': 'summarized'}
+NOVA_SENDS = CACHED | {'max_tokens': 9_000}
+
+@pytest.mark.parametrize('model, chosen, sent', [
+    ('claude-nova-1', {}, NOVA_SENDS | {'thinking': SHOWN}),
+    ('claude-nova-1', {'effort': 'ultra', 'system': ' Be brief. '},
+     NOVA_SENDS | {'thinking': SHOWN, 'output_config': {'effort': 'ultra'}, 'system': 'Be brief.'}),
+    ('claude-nova-1', {'thinking': 'off', 'effort': 'max', 'max_tokens': '700'},
+     CACHED | {'thinking': {'type': 'between_tools'}, 'output_config': {'effort': 'high'}, 'max_tokens': 700}),
+    ('claude-nova-1', {'thinking': 'maybe', 'effort': 'xhigh', 'max_tokens': '-5'}, NOVA_SENDS | {'thinking': SHOWN}),
+    ('claude-nova-1', {'max_tokens': '9000000'}, NOVA_SENDS | {'thinking': SHOWN}),
+    ('claude-old-1', {}, CACHED), ('claude-old-1', {'thinking': 'off'}, CACHED | {'thinking': {'type': 'disabled'}}),
+    ('claude-old-1', {'thinking': 'on', 'effort': 'high'},
+     CACHED | {'thinking': {'type': 'enabled', 'budget_tokens': 8_000}}),
+    ('claude-old-1', {'thinking': 'on', 'max_tokens': '1024'}, CACHED | {'max_tokens': 1024}),
+    ('claude-bare-1', {'thinking': 'off', 'effort': 'low'}, CACHED), ('of-another-api', {'thinking': 'on'}, PLAIN),
+    ('claude-gone-1', {'thinking': 'on'}, {'model': 'claude-sonnet-5-5'}),
+    ('never-heard-of', {'effort': 'low'}, {'model': 'claude-sonnet-5-5'})])
+def test_a_model_is_sent_what_was_chosen_and_it_can_do(model, chosen, sent):
+    claude = knowing(*MODELS)
+    request = claude.request([], claude.valid({'model': model, **chosen}))
+    assert request == {'model': model, 'max_tokens': 16_000, 'messages': []} | sent
+
+def test_without_a_list_the_configured_model_gets_plain_text():
+    claude = knowing(model='local-7b')
+    kept = claude.valid({'model': 'claude-nova-1', 'effort': 'high', 'thinking': 'on', 'system': 'Hm.'})
+    assert claude.request([], kept) == {'model': 'local-7b', 'max_tokens': 16_000, 'messages': [], 'system': 'Hm.'}
+
+def test_a_retired_model_gives_way_to_the_next_of_its_line():
+    line = [can(f'claude-nova-{n}', created=f'202{n}-01-01') for n in (6, 5, 3)]
+    claude = knowing(*line, can('claude-nova-4', lifecycle='retired', created='2024-01-01'), model='claude-nova-4')
+    assert claude.default().id == 'claude-nova-5' and claude.nearest(main.Model('x', line='other')) is None
+    assert claude.valid({'model': 'claude-nova-4'}) == {}
+    assert claude.valid({'model': 'claude-nova-4'}, {'model': 'claude-nova-4'}) == {'model': 'claude-nova-4'}
+
+ODD = [None, 5, 'x', [], {}, {'id': 5}, {'id': ''}, {'id': 'a b'}, {'id': 'x' * 200}, {'id': '<script>'}, {'id': None}]
+
+@pytest.mark.parametrize('odd', [*ODD, *({'id': 'odd', **more} for more in (
+    {'capabilities': []}, {'capabilities': {'thinking': 5, 'effort': [1], 'image_input': 'yes', 'server_tools': None}},
+    {'capabilities': {'thinking': {'supported': True, 'types': 7}, 'effort': {'supported': True, '<b>': True, 'low': 1}}},
+    {'display_name': {}, 'lifecycle': ['retired'], 'line': 9, 'max_tokens': True, 'max_input_tokens': -1,
+     'created_at': 0, 'retires_at': {}},
+    {'display_name': '\u202e\ud800' * 9_999, 'max_tokens': 10**30, 'max_input_tokens': 1.5}))], ids=ascii)
+def test_an_odd_item_of_the_list_is_plain_or_nothing(odd):
+    model = main.Model.read(odd)
+    if odd in ODD: assert model is None
+    else: assert model == main.Model('odd', 'odd', known='capabilities' in odd and bool(odd['capabilities']))
+
+def test_thinking_goes_back_only_where_nothing_before_it_has_changed():
+    thought = [{'type': 'thinking', 'thinking': 'hm', 'signature': 's'}, {'type': 'text', 'text': 'Yes.'}]
+    claude, system = knowing(NOVA), {'model': 'claude-nova-1', 'system': 'Be brief.'}
+    def reply(**choices):
+        prefix = main.prefix_of(claude.request([], choices))
+        return main.Message(1, 'c', 'o', 0, 1, 'assistant', 'Yes.', 'done', '', '', None, 0, 0, thought,
+                            {'prefix': prefix})
+    then = main.Message(2, 'c', 'o', 1, 2, 'user', 'And?', 'done', '', '', None, 0, 0)
+    def sent(reply, **choices): return claude.request([reply, then], choices)['messages'][0]['content']
+    assert sent(reply(), model='claude-nova-1') == sent(reply(**system), **system) == thought
+    assert sent(reply(), **system) == sent(reply(**system)) == thought[1:]
+
+@pytest.mark.parametrize('model, usage, usd', [
+    ('claude-sonnet-5-5', {'input_tokens': 1_000_000, 'output_tokens': 100_000}, 3.0),
+    ('claude-sonnet-4-5-20250929', {'cache_read_input_tokens': 10**6, 'cache_creation_input_tokens': 10**6}, 4.05),
+    ('claude-haiku-5-5', {'input_tokens': 100_000}, .01), ('claude-haiku-5-5', {'input_tokens': 200_000}, .1),
+    ('claude-sonnet-9', {'input_tokens': 5}, None), ('mine', {'input_tokens': 500_000, 'output_tokens': None}, .5)])
+def test_a_price_is_known_or_said_to_be_unknown(model, usage, usd):
+    assert knowing(prices='{"mine": [1, 2, 3, 4]}').price(model, usage) == (usd and pytest.approx(usd))
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "A site whose Claude has a list of models, on two pages."
+    upstream = Upstream()
+    upstream.models = [MODELS[:2], MODELS[2:]]
+    lab = Site(tmp_path_factory.mktemp('lab'), upstream)
+    yield lab
+    lab.stop()
+
+def models_of(site): return site.door.state.parley.claude.models
+def body(site, question): return site.upstream.called(question)[-1].body
+
+def test_choices_are_kept_and_are_the_default_of_the_next_conversation(lab):
+    assert eventually(lambda: len(models_of(lab)) == len(MODELS))
+    me, question = lab.person(), lab.upstream.says
+    chat = me.ask(first := question('One.'), model='claude-nova-1', effort='ultra', system='Be brief.', max_tokens='x')
+    chat.ended(), chat.say(second := question('Two.')).ended(), me.ask(third := question('Three.')).ended()
+    for each in (first, second, third):
+        sent = body(lab, each)
+        assert (sent['model'], sent['output_config']) == ('claude-nova-1', {'effort': 'ultra'})
+        assert sent.get('system') == (None if each == third else 'Be brief.')
+    assert chat.post('/choices', model='claude-old-1', thinking='on').status_code < 400
+    chat.say(fourth := question('Four.')).ended()
+    assert body(lab, fourth)['model'] == chat.reply['model'] == 'claude-old-1' and 'system' not in body(lab, fourth)
+    assert body(lab, fourth)['thinking'] == {'type': 'enabled', 'budget_tokens': 8_000}
+
+def test_a_list_and_choices_survive_a_restart_without_the_endpoint(lab, tmp_path):
+    site = Site(tmp_path, lab.upstream)
+    assert eventually(lambda: models_of(site))
+    chat = site.person().ask(lab.upstream.says('One.'), model='claude-nova-1', effort='max')
+    chat.ended(), site.stop()
+    silent = Upstream()
+    silent.models = httpx2.ConnectError('down')
+    again = Site(tmp_path, silent)
+    try:
+        Chat(again.person(), chat.id, '').say(question := silent.says('Two.')).ended()
+        assert body(again, question)['model'] == 'claude-nova-1'
+        assert body(again, question)['output_config'] == {'effort': 'max'}
+    finally: again.stop()
+
+def test_a_retired_model_refuses_in_words_and_keeps_the_text(lab):
+    me, store = lab.person(), lab.door.state.parley.store
+    chat = me.ask(lab.upstream.says('One.'))
+    chat.ended(), asyncio.run(store.choose('owner', chat.id, {'model': 'claude-gone-1'}))
+    answer = chat.post(message='precious words', htmx=False)
+    assert answer.status_code == 409 and 'retired' in answer.text and 'precious words' in answer.text
+
+@pytest.mark.parametrize('told', [b'<html>', b'[]', b'{"data": 5}', b'[' * 100_000, b'{"data": [' + b' ' * 2_000_000,
+                                  b'{"data": [{}], "has_more": true}', httpx2.ReadError('x')], ids=lambda b: ascii(b)[:20])
+def test_a_hostile_list_of_models_is_no_list(told):
+    upstream = Upstream()
+    upstream.models = told
+    claude = main.Claude(main.Settings.read({'ANTHROPIC_API_KEY': 'test'}), httpx2.AsyncClient(transport=upstream))
+    try: listed = asyncio.run(claude.listed())
+    except Exception: listed = []   # whoever asks takes any exception as no answer
+    assert listed == []
 
 @pytest.mark.parametrize('steps, kept', [(['half of it', HANG], 'half of it'), ([HANG], None), ([' \n', HANG], None)])
 def test_a_partial_reply_is_sent_as_text_and_never_as_a_prefill(me, upstream, steps, kept):
