@@ -400,6 +400,74 @@ def folded(pieces: list[tuple[str, str]]) -> tuple[str, list[dict]]:
     flush()
     return content, blocks if any(block.keys() != {'type', 'text'} for block in blocks) else []
 
+def lock(database: Path, tries=10):
+    """One process per database: a second one would end the replies of the first. A kill frees the lock. Returns the
+    file that holds it. Raises `Unusable`."""
+    held = open(os.open(database.with_name(database.name + '.lock'), os.O_RDWR | os.O_CREAT, 0o600), 'w')
+    for wait in (0.3,) * tries + (0,):  # the process before this one may just be ending
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return held
+        except BlockingIOError: time.sleep(wait)
+    raise Unusable('another Parley is using the database')
+
+@contextlib.contextmanager
+def examined(database: Path):
+    "A connection that only reads a database of ours. What isn't ours is refused, and not changed even by opening it."
+    with in_words(), contextlib.closing(apsw.Connection(str(database), flags=apsw.SQLITE_OPEN_READONLY)) as conn:
+        conn.set_busy_timeout(5000)
+        version = conn.pragma('user_version')
+        if version > len(SCHEMA): raise Unusable('the database was written by a newer Parley')
+        if not version and conn.execute('select 1 from sqlite_master').fetchone():
+            raise Unusable('the file is a database, but not one of Parley')
+        yield conn
+
+SECRETS = ['delete from session']  # what a copy that leaves the machine by the page is without
+
+def copy_database(database: Path, file: Path, without=()) -> Path:
+    """A consistent copy, also of a database in use, by SQLite's own backup (https://sqlite.org/backup.html): all of it
+    or nothing, readable by its owner only, never in place of a file that exists. Raises `Unusable`."""
+    if file.exists(): raise Unusable(f'there is a file {file.name} already')
+    if not file.parent.is_dir(): raise Unusable(f'there is no folder {file.parent}')
+    part = file.with_name(f'{file.name}.{secrets.token_hex(4)}.part')
+    try:
+        with examined(database) as source:
+            size = source.pragma('page_count') * source.pragma('page_size')
+            if shutil.disk_usage(file.parent).free < size + 1_000_000: raise apsw.FullError
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            with contextlib.closing(apsw.Connection(str(part))) as target:
+                with target.backup('main', source, 'main') as copying: copying.step()  # one snapshot, and no lock
+                target.pragma('journal_mode', 'delete')  # one file, with nothing beside it
+                target.pragma('secure_delete', True)
+                for sql in without: target.execute(sql)
+            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # nobody else made one meanwhile
+            part.replace(file)
+        return file
+    finally:
+        for left in part.parent.glob(part.name + '*'): left.unlink()
+
+def restore_database(file: Path, database: Path, replace: bool) -> Path | None:
+    """Put a backup in place of the database, which is kept under the name that is returned. Raises `Unusable`, and then
+    nothing has changed."""
+    part, kept = database.with_name(f'{database.name}.{secrets.token_hex(4)}.part'), None
+    try:
+        with in_words():
+            with examined(file) as conn:
+                if not conn.pragma('user_version'): raise Unusable('the file is not a database of Parley')
+                if conn.pragma('quick_check') != 'ok': raise Unusable('the backup is damaged')
+            database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with lock(database, 0):
+                if database.exists() and not replace: raise Unusable('there is a database already: say --replace')
+                copy_database(file, part)
+                if database.exists():
+                    kept = database.with_name(f'{database.name}.{time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())}')
+                    for beside in ('-wal', '-shm', ''):  # first what would be taken for the new one's
+                        with contextlib.suppress(FileNotFoundError):
+                            Path(f'{database}{beside}').rename(f'{kept}{beside}')
+                part.rename(database)
+        return kept
+    finally: part.unlink(missing_ok=True)
+
 class Store:
     """Every SQL statement, as verbs. Opening it makes or migrates the database, ends what a crash left running and
     takes the lock of the one process that may write. Raises `Unusable` when that can't be."""
@@ -412,12 +480,14 @@ class Store:
 
     def _open(self):
         self._private_folder()
-        self._lock()
+        self.lock = lock(self.file)
         if self.file.is_dir(): raise Unusable('the database is a folder')
         if self.file.exists() and not self.file.stat().st_size:
             raise Unusable('the database file is empty: restore it, or delete it to begin anew')
         logging.getLogger('apsw').setLevel(logging.CRITICAL)  # it would print failing SQL
-        if self.file.exists(): self._examine()
+        for left in self.file.parent.glob(f'{self.file.name}.*.part*'): left.unlink()  # copies that a kill cut off
+        if self.file.exists():
+            with examined(self.file): pass
         self.db = {name: Database(apsw.Connection(str(self.file))) for name in self.threads}
         for db in self.db.values():
             db.conn.set_busy_timeout(5000)
@@ -436,28 +506,23 @@ class Store:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise Unusable(f'the folder can not be written: it is read-only, or chown it to user {os.getuid()}')
 
-    def _lock(self):
-        "One process per database: a second one would end the replies of the first. A kill frees the lock."
-        self.lock = open(os.open(self.file.with_name(self.file.name + '.lock'), os.O_RDWR | os.O_CREAT, 0o600), 'w')
-        for wait in (0.3,) * 10 + (0,):  # the process before this one may just be ending
-            try: return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError: time.sleep(wait)
-        raise Unusable('another Parley is using the database')
-
-    def _examine(self):
-        "Refuse what isn't ours before it is opened for writing: that alone would change the file."
-        with contextlib.closing(apsw.Connection(str(self.file), flags=apsw.SQLITE_OPEN_READONLY)) as conn:
-            version = conn.pragma('user_version')
-            if version > len(SCHEMA): raise Unusable('the database was written by a newer Parley')
-            if not version and conn.execute('select 1 from sqlite_master').fetchone():
-                raise Unusable('the file is a database, but not one of Parley')
-
     def _migrate(self, db):
-        version = db.conn.pragma('user_version')
-        for number, step in enumerate(SCHEMA[version:], version + 1):
-            with transaction(db.conn, durable=True):
-                db.conn.execute(step)
-                db.conn.pragma('user_version', number)
+        "Bring an older database up to date, step by step; before that, a copy is put beside it."
+        version, kept = db.conn.pragma('user_version'), None
+        try:
+            if 0 < version < len(SCHEMA):
+                named = [self.file.with_name(f'{self.file.name}.version-{version}{more}')
+                         for more in ('', *[f'.{n}' for n in range(2, 100)])]
+                kept = copy_database(self.file, next((file for file in named if not file.exists()), named[0]))
+            with in_words():
+                for number, step in enumerate(SCHEMA[version:], version + 1):
+                    with transaction(db.conn, durable=True):
+                        db.conn.execute(step)
+                        db.conn.pragma('user_version', number)
+        except Unusable as error:
+            if kept and db.conn.pragma('user_version') == version: kept.unlink()  # it would only be a second one
+            raise Unusable(f'it can not be brought up to date, and stays as it was: {error}') from error
+        if kept: log.info('the database was brought up to date; as it was it is kept as %s', kept.name)
 
     def _sweep(self, db):
         "After a crash no row says `streaming`: what was running is interrupted and keeps its text."
@@ -3407,9 +3472,23 @@ def new_hash():
     if not 12 <= len(password.decode()) <= LOUDEST: raise SystemExit('a password has at least 12 characters')
     print(scrypt(password, secrets.token_bytes(16)))
 
+def command(name, *words):
+    "`backup FILE` and `restore FILE [--replace]`: one line each, whether it is done or can't be."
+    database, files = Settings.read(os.environ).database, [Path(word) for word in words if word != '--replace']
+    if len(files) != 1 or len(words) > 1 + (name == 'restore'):
+        raise SystemExit('say `backup FILE` or `restore FILE`, or `restore FILE --replace`')
+    try:
+        if name == 'backup':
+            size = copy_database(database, files[0]).stat().st_size
+            return print(f'{files[0]}: a copy of {database}, {size:,} bytes')
+        kept = restore_database(files[0], database, '--replace' in words)
+    except Unusable as error: raise SystemExit(f'{name} {files[0]}, {database}: {error}') from None
+    print(f'{database}: restored from {files[0]}' + (f'; what was there is kept as {kept.name}' if kept else ''))
+
 def main():
     "Run the server as the environment says."
     if sys.argv[1:] == ['hash']: return new_hash()
+    if sys.argv[1:2] in (['backup'], ['restore']): return command(*sys.argv[1:])
     os.umask(0o077)
     settings = Settings.read(os.environ)
     lines = logging.StreamHandler()

@@ -522,6 +522,79 @@ def test_a_burst_is_a_few_pieces_and_they_are_folded_at_the_end(site, me, upstre
     assert chat.ended()['content'] == 'word ' * 2000 + 'so far end'
     assert rows(site.db, count) == [[0]]
 
+FIRST_SCHEMA = '''
+create table conversation (id text primary key, owner text, title text, leaf integer, created float, updated float);
+create table message (
+    id integer primary key, conversation text references conversation(id) on update cascade on delete cascade,
+    owner text, parent integer, idx integer, role text, content text, status text, note text, model text, key text,
+    created float, ended float);
+create table piece (message integer references message(id) on update cascade on delete cascade, seq integer, text text,
+    primary key (message, seq));
+create table session (id text primary key, owner text, password text, created float, seen float);
+create index conversation_by_time on conversation (owner, updated desc);
+create index message_by_parent on message (parent);
+create unique index message_by_key on message (conversation, key);
+create unique index first_by_key on message (owner, key) where parent is null;
+create index message_running on message (conversation) where status = 'streaming';
+pragma user_version = 1;
+'''
+FIRST_ROWS = '''
+insert into conversation values ('one', 'owner', 'Tea “&” <b>', 3, 1.5, 9.25), ('two', 'owner', 'Left', 5, 2, 8);
+insert into message values
+    (1, 'one', 'owner', null, 0, 'user', 'Why?', 'done', '', '', 'key-1', 1.5, 1.5),
+    (2, 'one', 'owner', 1, 1, 'assistant', 'No.', 'stopped', '', 'claude-1', null, 2.5, 3.5),
+    (3, 'one', 'owner', 1, 1, 'assistant', 'Because\n\n**so**.', 'done', '', 'claude-1', null, 4.5, 9.25),
+    (4, 'two', 'owner', null, 0, 'user', 'And?', 'done', '', '', 'key-1b', 7, 7),
+    (5, 'two', 'owner', 4, 1, 'assistant', '', 'streaming', '', 'claude-1', null, 7, null);
+insert into piece values (5, 0, 'It was '), (5, 1, 'being written');
+insert into session values ('hmac', 'owner', 'hmac too', 1, 2);
+'''
+TABLES = {'conversation': 'id, owner, title, leaf, created, updated', 'session': 'id, owner, password, created, seen',
+          'message': 'id, conversation, owner, parent, idx, role, content, status, note, model, key, created, ended'}
+
+def told(db): return {name: rows(db, f'select {columns} from {name} order by 1') for name, columns in TABLES.items()}
+
+@pytest.fixture
+def first_release(tmp_path):
+    "A database as the first release left it after a kill."
+    (tmp_path / 'parley.db').write_bytes(a_database(FIRST_SCHEMA + FIRST_ROWS))
+    return tmp_path / 'parley.db'
+
+def test_a_database_of_the_first_release_is_brought_up_to_date_and_kept_as_it_was(first_release, new_site):
+    before, kept = told(first_release), first_release.with_name('parley.db.version-1')
+    kept.write_text('not ours to overwrite')
+    site = new_site(first_release.parent)
+    before['message'][4][6:9] = ['It was being written', 'interrupted', main.STOPPED]
+    after = told(site.db)
+    assert after['message'][4][-1] and after['message'][4][:-1] == before['message'][4][:-1]
+    after['message'][4][-1] = None
+    assert after | {'session': before['session']} == before and rows(site.db, 'select count(*) from piece') == [[0]]
+    assert rows(site.db, 'pragma user_version') == [[len(main.SCHEMA)]] and kept.read_text() == 'not ours to overwrite'
+    copy = kept.with_name('parley.db.version-1.2')
+    assert rows(copy, 'pragma user_version') == [[1]] and stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert rows(copy, 'select seq, text from piece') == [[0, 'It was '], [1, 'being written']]
+    me = site.person()
+    assert [m['content'] for m in Chat(me, 'one', '').messages] == ['Why?', 'Because\n\n**so**.']
+    assert Chat(me, 'two', '').retry().ended()['content'] == 'You said: And?'
+
+def test_a_step_that_fails_leaves_the_database_as_it_was(first_release):
+    with contextlib.closing(sqlite3.connect(first_release)) as db, db: db.execute('create table known (already)')
+    before = told(first_release)
+    with pytest.raises(main.Unusable, match='stays as it was'): main.Store(first_release)
+    assert rows(first_release, 'pragma user_version') == [[1]] and rows(first_release, 'pragma quick_check') == [['ok']]
+    assert told(first_release) == before and rows(first_release, 'select count(*) from piece') == [[2]]
+    assert not list(first_release.parent.glob('*.version-*')) and not list(first_release.parent.glob('*.part*'))
+
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='a full disk is played by prlimit')
+def test_a_disk_too_full_for_the_copy_leaves_the_database_as_it_was(first_release):
+    low = f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({first_release.stat().st_size // 2},) * 2)\n' \
+          f'import main, pathlib\ntry: main.Store(pathlib.Path({str(first_release)!r}))\n' \
+          'except main.Unusable as error: print(error)'
+    said = subprocess.run([sys.executable, '-c', low], cwd=SOURCE.parent, capture_output=True, text=True).stdout
+    assert 'the disk' in said and said.count('\n') == 1
+    assert rows(first_release, 'pragma user_version') == [[1]] == rows(first_release, 'select count(*) - 1 from piece')
+    assert not list(first_release.parent.glob('*.version-*'))
+
 COMMITS = '''import struct, sys
 wal = open(sys.argv[1] + '-wal', 'rb').read(); page, salt = struct.unpack('>I', wal[8:12])[0], wal[16:24]
 frames = [wal[at:at + 24] for at in range(32, len(wal) - 23, page + 24)]
@@ -2613,6 +2686,51 @@ def test_a_database_is_one_process_and_its_bare_file_is_an_earlier_state(start, 
     assert tab.ends().text == chat.reply['content'] == 'half whole' and 'Traceback' not in server.log.read_text()
     server.signal(signal.SIGTERM)
     assert server.exit() is not None and not list(server.db.parent.glob('*-wal'))       # nothing is left to be deleted
+
+def runs(folder, *words):
+    "What `python main.py …` says, its one line, and how it ends."
+    done = subprocess.run([sys.executable, SOURCE, *map(str, words)], cwd=folder, capture_output=True, text=True,
+                          env={'PATH': os.environ['PATH'], 'DATABASE_URL': 'sqlite:///data/parley.db'}, timeout=60)
+    said = (done.stdout + done.stderr).strip()
+    assert '\n' not in said and 'Traceback' not in said, said
+    return done.returncode, said
+
+def test_a_backup_is_made_while_a_reply_streams_and_is_put_back(start, tmp_path, upstream):
+    server, gate = start(), Gate()
+    chat = server.person().ask(upstream.says('half ', gate, 'whole'))
+    tab = chat.watch().until('half')
+    copy = tmp_path / 'copy.db'
+    assert runs(tmp_path, 'backup', copy.name)[0] == 0 and stat.S_IMODE(copy.stat().st_mode) == 0o600
+    with pytest.raises(main.Unusable, match='there is a file copy.db already'): main.copy_database(server.db, copy)
+    with pytest.raises(main.Unusable, match='another Parley is using'): main.restore_database(copy, server.db, True)
+    gate.open()
+    assert tab.ends().text == 'half whole'
+    server.process.kill()                               # what it leaves beside the database goes along
+    server.exit()
+    with pytest.raises(main.Unusable, match='--replace'): main.restore_database(copy, server.db, False)
+    code, said = runs(tmp_path, 'restore', copy.name, '--replace')
+    kept = tmp_path / 'data' / re.search(r'parley\.db\.20[^ ]+Z', said)[0]
+    assert code == 0 and rows(kept, "select content from message where role = 'assistant'") == [['half whole']]
+    assert rows(server.db, 'select status from message order by id') == [['done'], [LIVE]]
+    back = Chat(with_cookies(start().person(), chat.person.http.cookies), chat.id, '')
+    assert (back.reply['content'], back.reply['status']) == ('half ', 'interrupted')
+
+@pytest.mark.parametrize('name, says_why', [
+    ('text.db', 'not a database'), ('other.db', 'not one of Parley'), ('newer.db', 'newer Parley'),
+    ('none.db', 'can not be opened'), ('torn.db', 'damaged'), ('empty.db', 'not a database of Parley')])
+def test_what_is_no_backup_of_ours_is_not_put_back(tmp_path, name, says_why):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'parley.db').write_text('as it was')
+    whole = a_database(FIRST_SCHEMA + FIRST_ROWS + "insert into conversation select 'c' || value, 'owner', "
+                       "hex(randomblob(500)), null, 1, 1 from generate_series(1, 50);"
+                       .replace("generate_series(1, 50)", "json_each('[" + ','.join(map(str, range(50))) + "]')"))
+    files = {'text.db': b'no database ' * 999, 'other.db': a_database('create table fruit (name)'), 'empty.db': b'',
+             'newer.db': a_database('create table message (id); pragma user_version = 99'),
+             'torn.db': whole[:8192] + bytes(4096) + whole[12288:]}
+    if name in files: (tmp_path / name).write_bytes(files[name])
+    with pytest.raises(main.Unusable, match=says_why):
+        main.restore_database(tmp_path / name, tmp_path / 'data' / 'parley.db', True)
+    assert (tmp_path / 'data' / 'parley.db').read_text() == 'as it was' and not list(tmp_path.glob('data/*part*'))
 
 def test_a_file_of_somebody_else_is_said_in_words():
     with pytest.raises(main.Unusable, match='may not be accessed'), main.in_words(): raise PermissionError
