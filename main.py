@@ -56,8 +56,8 @@ import nh3
 import uvicorn
 from fastcore.xml import NotStr
 from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Dialog, Div, Dl, Dt, Footer, Form, Head,
-                                 Header, Html, Input, Kbd, Label, Li, Link, Main, Meta, Nav, Noscript, P, Script,
-                                 Span, Textarea, Time, Title, Ul, to_xml)
+                                 Header, Html, Input, Kbd, Label, Li, Link, Main, Meta, Nav, Noscript, Optgroup, Option,
+                                 P, Script, Select, Span, Textarea, Time, Title, Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
 from latex2mathml.converter import convert_to_element
@@ -132,8 +132,10 @@ class Settings:
                                    high=1)
     max_message_chars: int = setting(200_000, 'the longest question', low=1, high=10_000_000)
     max_reply_chars: int = setting(2_000_000, 'where an endless reply is cut', low=1, high=50_000_000)
+    titles: str = setting('on', 'on or off: a short title by Claude after the first answer')
     max_title_chars: int = setting(60, 'the longest title', low=2, high=400)
     max_system_chars: int = setting(20_000, 'the longest system prompt', low=1, high=1_000_000)
+    max_prompts: int = setting(200, 'saved prompts of one person', low=1, high=10_000)
     max_field_chars: int = setting(1_024, 'the longest field of a form that is not a message', low=50, high=10_000)
     max_body_bytes: int = setting(4_000_000, 'the longest body of a request', low=1_000, high=200_000_000)
     max_header_bytes: int = setting(32_768, 'the longest head of a request', low=4_096, high=1_000_000)
@@ -174,6 +176,7 @@ class Settings:
             raise SystemExit('DATABASE_URL must look like sqlite:///data/parley.db: only SQLite is supported so far')
         if self.base_url and not re.match(r'https?://[^\s/\[]+|https?://\[[0-9a-fA-F:.]+\]', self.base_url):
             raise SystemExit('ANTHROPIC_BASE_URL must begin with http:// or https://')
+        if self.titles not in ('on', 'off'): raise SystemExit('TITLES must be on or off')
         try: right = all(len(rates) == 4 and 0 <= min(map(float, rates)) and sum(rates) < 1e6
                          for rates in self.own_prices.values())
         except (ValueError, TypeError, AttributeError): right = False
@@ -265,6 +268,14 @@ class Piece:
     seq: int
     text: str
     kind: str = 'text'
+
+@dataclass
+class Prompt:
+    "A system prompt that its owner keeps under a name."
+    id: int
+    owner: str
+    name: str
+    text: str
 
 @dataclass
 class Session:
@@ -371,6 +382,8 @@ alter table message add column blocks text not null default '[]';
 alter table message add column meta text not null default '{}';
 alter table piece add column kind text not null default 'text';
 create table known (name text primary key, value text, at float);
+create table prompt (id integer primary key, owner text, name text, text text);
+create unique index prompt_by_name on prompt (owner, name);
 ''']
 
 def as_row(row: dict, kind):
@@ -467,6 +480,11 @@ def restore_database(file: Path, database: Path, replace: bool) -> Path | None:
                 part.rename(database)
         return kept
     finally: part.unlink(missing_ok=True)
+
+def in_a_line(text, most):
+    "Text in one line of `most` characters, cut between words where there are any."
+    line = ' '.join(text.split(None, 60)[:60])
+    return line if len(line) <= most else line[:most - 1].rsplit(' ', 1)[0] + '…'
 
 class Store:
     """Every SQL statement, as verbs. Opening it makes or migrates the database, ends what a crash left running and
@@ -590,6 +608,29 @@ class Store:
         self._conversation(db, owner, conversation)
         db.execute('update conversation set choices = ? where id = ?', [json.dumps(choices), conversation])
 
+    @writes
+    def entitle(self, db, owner, conversation, title):
+        "A title by Claude, unless a person gave one or another came before it."
+        db.execute('update conversation set title = ?, named = 1 where id = ? and owner = ? and named = 0',
+                   [title, conversation, owner])
+
+    @reads
+    def prompts(self, db, owner) -> list[Prompt]:
+        return [Prompt(**row) for row in db.q('select * from prompt where owner = ? order by name', [owner])]
+
+    @writes
+    def keep_prompt(self, db, owner, name, text):
+        "Keep a prompt under a name, in the place of another one of that name. Raises `Refused` 422."
+        if not name or not text: raise Refused(422, 'A prompt is kept with a name and its text: write both.')
+        db.execute('delete from prompt where owner = ? and name = ?', [owner, name])
+        if db.q('select count(*) as n from prompt where owner = ?', [owner])[0]['n'] >= self.limits.max_prompts:
+            raise Refused(422, 'No more prompts can be kept: delete one first.')
+        self._insert(db, 'prompt', owner=owner, name=name, text=text)
+
+    @writes
+    def drop_prompt(self, db, owner, id):
+        db.execute('delete from prompt where owner = ? and id = ?', [owner, id])
+
     @reads
     def known(self, db, name):
         "What was learnt last under this name, None for nothing."
@@ -668,8 +709,7 @@ class Store:
 
     def _begin(self, db, owner, text, choices):
         now, id = time.time(), secrets.token_urlsafe(12)
-        title, most = ' '.join(text.split(None, 60)[:60]), self.limits.max_title_chars
-        title = title if len(title) <= most else title[:most - 1].rsplit(' ', 1)[0] + '…'
+        title = in_a_line(text, self.limits.max_title_chars)
         self._insert(db, 'conversation', id=id, owner=owner, title=title, created=now, updated=now,
                      choices=json.dumps(choices))
         return id
@@ -795,9 +835,9 @@ class Model:
 
     @property
     def ways(self) -> tuple:
-        "How one may choose that it thinks: on, off, both or not at all."
-        on, off = {'adaptive', 'enabled'} & {*self.thinking}, {'disabled', 'between_tools'} & {*self.thinking}
-        return ('on',) * bool(on) + ('off',) * bool(on and off)
+        "What can be chosen of its thinking: `off` where it thinks by itself, `on` where it must be told, or nothing."
+        if 'adaptive' in self.thinking: return ('off',) if {'disabled', 'between_tools'} & {*self.thinking} else ()
+        return ('on',) if 'enabled' in self.thinking else ()
 
 MODEL_ID, READS = re.compile(r'[A-Za-z0-9_.:/@+-]{1,100}'), ('image_input', 'pdf_input', 'citations')
 EFFORTS = ('low', 'medium', 'high', 'xhigh', 'max')  # in this order, and any new one after them
@@ -812,6 +852,14 @@ PRICES = {
     'claude-haiku-5-5': (.1, .5, .01, .125, 100_000, 5), 'claude-haiku-4-5': (1, 5, .1, 1.25),
     **dict.fromkeys(['claude-opus-5', *[f'claude-opus-4-{n}' for n in (5, 6, 7, 8)]], (5, 25, .5, 6.25)),
     **dict.fromkeys(['claude-sonnet-4-5', 'claude-sonnet-4-6'], (3, 15, .3, 3.75))}
+
+TITLING = ('Give this conversation a title of two to six words in its own language. '
+           'Answer with the title alone: one line of plain text without quotes.')
+
+def titled(answer: str, most: int) -> str:
+    "The title in an answer to TITLING: its first line without marks and control characters, '' if nothing is left."
+    line = re.sub('[*`]|^#+ ', '', answer.strip().partition('\n')[0])
+    return in_a_line(''.join(c if c.isprintable() else ' ' for c in line[:1_000]).strip(' "\'“”„«»_.'), most)
 
 THOUGHTS = ('thinking', 'redacted_thinking')
 
@@ -1021,10 +1069,22 @@ class Claude:
             request['thinking'] = {'type': 'disabled' if 'disabled' in model.thinking else 'between_tools'}
             if effort in EFFORTS[3:]: effort = 'high'  # more is refused without thinking
         elif 'adaptive' in model.thinking: request['thinking'] = {'type': 'adaptive', 'display': 'summarized'}
-        elif think == 'on' and most > 1024:
+        elif think and most > 1024:
             request['thinking'] = {'type': 'enabled', 'budget_tokens': max(1024, most // 2)}
         if effort: request['output_config'] = {'effort': effort}
         return request | {'messages': history(path, prefix_of(request))}
+
+    def titling(self, path: list[Message]) -> dict:
+        "The parameters of the small call that names a conversation: the cheapest model, as little thought as may be."
+        active = [m for m in self.models.values() if m.lifecycle == 'active']
+        priced = sorted((self.rates(m.id)[:2], m.id) for m in active if self.rates(m.id))
+        haiku = [m.id for m in active if m.line == 'haiku']
+        model = self.model_of({'model': priced[0][1] if priced else haiku[0] if haiku else path[-1].model})
+        thinks = 'adaptive' in model.thinking and not model.ways
+        said = '\n\n'.join(f'<{m.role}>\n{m.content[:2_000]}\n</{m.role}>' for m in path)
+        return self.request([], {'model': model.id, 'thinking': 'off', 'max_tokens': 2_000 if thinks else 60,
+                                 'effort': (*model.efforts, '')[0]}) | {
+            'messages': [{'role': 'user', 'content': f'{said}\n\n{TITLING}'}]}
 
     def rates(self, model: str) -> tuple | None:
         "Of PRICES, the setting first; an id may end in a date that its price does not."
@@ -1200,6 +1260,7 @@ def parley(you, claude):
 
 def demo_answer(asked: str) -> tuple[str, float]:
     "What the demo model says to `asked`, and the seconds between two words."
+    if asked.endswith(TITLING): return 'Demo: ' + ' '.join(asked.split('</')[0].split()[1:6]), 0
     if 'long' in asked.lower():
         part = 'It goes on and on, as you asked, until it ends or you stop it. ' * 8
         return ''.join(f'## Part {n}\n\n{part}\n\n' for n in range(1, 26)), 0.008
@@ -1325,6 +1386,7 @@ class Turns:
         self.grew, self.began, self.closing = asyncio.Event(), asyncio.Event(), False
         self.keeper: asyncio.Task | None = None
         self.learner, self.stale = None, asyncio.Event()  # who asks for the list of models, and that it is old
+        self.naming: set[asyncio.Task] = set()
         self.asking: list[str] = []  # the owners of replies that are about to begin
         self.messages = Pace(settings.messages_per_hour, 3600)
         self.conversations = Pace(settings.conversations_per_hour, 3600)
@@ -1425,7 +1487,7 @@ class Turns:
         for turn in self.running.values():
             turn.cancel(Ended('interrupted', STOPPED))
         await self._over(list(self.running.values()), 2)
-        for task in filter(None, (self.keeper, self.learner)): task.cancel()
+        for task in filter(None, (self.keeper, self.learner, *self.naming)): task.cancel()
 
     async def _over(self, turns, seconds):
         async def wait(turn):
@@ -1511,7 +1573,25 @@ class Turns:
                 turn.over = True
                 turn.reply = next(reply for reply in ended if reply.id == turn.reply.id)
                 del self.running[turn.reply.conversation]
+                if turn.reply.idx == 1 and end.status == 'done' and self.settings.titles == 'on':
+                    self.naming.add(task := asyncio.create_task(self._name(turn.reply)))
+                    task.add_done_callback(self.naming.discard)
             turn.show('')
+
+    async def _name(self, reply):
+        "A title after the first answer, in nobody's way: what goes wrong is only logged."
+        try:
+            conversation, path = await self.store.path(reply.owner, reply.conversation, before=2)
+            if conversation.named: return
+            text, end = '', None
+            async with contextlib.aclosing(self.claude.reply(self.claude.titling(path))) as events:
+                async for event in events:
+                    if isinstance(event, str): text += event
+                    if isinstance(event, Ended): end = event
+                    if len(text) > 2_000: break
+            title = titled(text, self.settings.max_title_chars)
+            if end and end.status == 'done' and title: await self.store.entitle(reply.owner, reply.conversation, title)
+        except Exception as error: log.warning('no title: %s', type(error).__name__)  # noqa: BLE001 the old one stays
 
 # %%
 if NOTEBOOK:
@@ -2031,7 +2111,7 @@ def Actions(message):
     when = time.strftime('%Y-%m-%dT%H:%MZ', time.gmtime(message.created))
     return Div(A('Copy', Unseen(' this message as Markdown'), cls='copy quiet',
                  href=as_written.to(conversation_id=message.conversation, idx=message.idx)),
-               Time(when.translate({84: ' ', 90: ' UTC'}), datetime=when), cls='actions')
+               Span(message.model, cls='by'), Time(when.translate({84: ' ', 90: ' UTC'}), datetime=when), cls='actions')
 
 def Bubble(message, shown, notice='', **live):
     "A message. `shown` is its content as HTML; `live` are the attributes that keep it going while it is written."
@@ -2161,7 +2241,96 @@ class Shelf:
 
 def Key(**attrs): return Input(type='hidden', id='key', name='key', value=secrets.token_urlsafe(12), **attrs)
 
-def Composer(typed='', notice='', to=''):
+@dataclass(frozen=True)
+class Setup:
+    "What is chosen for a conversation (None: one that has not begun), and what can be."
+    conversation: str | None
+    choices: dict
+    model: Model
+    models: list[Model]
+    rates: dict[str, tuple | None]
+    successor: Model | None  # of a retired model
+    prompts: list[Prompt]
+    longest: int  # tokens of an answer
+    limit: int  # characters of a system prompt
+    said: str = ''
+
+    @property
+    def place(self): return (show.to(conversation_id=self.conversation) if self.conversation else '') + '/choices'
+
+def thousands(n): return f'{n / 1e6:.3g}M' if n >= 1e6 else f'{n / 1e3:.3g}K' if n >= 1e3 else str(n)
+def dollars(rates): return f'${rates[0]:g} in, ${rates[1]:g} out'
+
+def Abilities(model, rates):
+    "What a model reads and writes, what that costs and when it ends, in a line."
+    ends = {'deprecated': f'Deprecated, retires {model.retires or "on a day not yet set"}.',
+            'retired': f'Retired {model.retires}'.strip() + '.'}
+    reads = ', '.join(['text'] + ['images'] * model.images + ['PDFs'] * model.pdfs)
+    sizes = [f'Reads {reads}'] + [f'{thousands(model.max_input)} tokens of context'] * bool(model.max_input)
+    sizes += [f'answers of up to {thousands(model.max_output)}'] * bool(model.max_output)
+    costs = f'{dollars(rates)} a million tokens.' if rates else 'Its price is unknown.'
+    return P(' '.join(filter(None, [ends.get(model.lifecycle), '; '.join(sizes) + '.', costs])))
+
+def Models(setup):
+    "The models to choose from, each line by itself, those that end soon last. A retired one is there if it is chosen."
+    def option(m):
+        rates = setup.rates[m.id]
+        return Option(m.name + (f' · {dollars(rates)}' if rates else ''), value=m.id, selected=m.id == setup.model.id)
+    there = [m for m in setup.models if m.lifecycle != 'retired' or m.id == setup.model.id]
+    there.sort(key=lambda m: (m.lifecycle != 'active', m.line))
+    groups = groupby(there, lambda m: m.line.title() if m.lifecycle == 'active' else m.lifecycle.title())
+    return [Optgroup(*map(option, some), label=name or 'Others') for name, some in groups]
+
+def Fields(setup, **attrs):
+    """What can be chosen, and only what this model has. The fields belong to the composer's form, so that a first
+    question takes them along; of a conversation that has begun each is kept as it changes, by script or with Save."""
+    own, model = {'form': 'composer', 'hx_post': setup.place, 'hx_params': 'not message,key'}, setup.model
+    kept = own | {'hx_trigger': 'change', 'hx_swap': 'none'}
+    anew = own | {'hx_target': '#fields', 'hx_swap': 'outerHTML'}
+    def Act(words, do, cls='quiet'):
+        return Button(words, name='do', value=do, cls=cls, formaction=setup.place, **anew)
+    def Row(words, control, id): return Div(Label(words, _for=id), control, cls='row')
+    def Choice(words, name, default, options):
+        now = setup.choices.get(name)
+        return Row(words, Select(Option(default, value=''), *[Option(words, value=value, selected=value == now) for
+                                 value, words in options.items()], id=name, name=name, **kept), name)
+    system = setup.choices.get('system', '')
+    return Div(
+        Row('Model', Select(*Models(setup), id='model', name='model', **anew), 'model'),
+        Abilities(model, setup.rates.get(model.id)),
+        Choice('Effort', 'effort', 'The model’s own', {e: e for e in model.efforts}) if model.efforts else None,
+        Choice('Thinking', 'thinking', 'Off' if 'on' in model.ways else 'On', {w: w.title() for w in model.ways})
+        if model.ways else None,
+        Row('Max. tokens', Input(type='number', id='max_tokens', name='max_tokens', min=1, max=setup.longest,
+                                 value=setup.choices.get('max_tokens', ''), placeholder=setup.longest, **kept),
+            'max_tokens'),
+        Row('System prompt', Textarea('\n' + system, id='system', name='system', rows=3, maxlength=setup.limit,
+                                      placeholder='What Claude should know or be in this conversation', **kept),
+            'system'),
+        Row('Saved prompts', Select(Option('None' if not setup.prompts else 'Choose one …', value=''), *[
+            Option(p.name, value=p.id, selected=p.text == system) for p in setup.prompts], id='prompt', name='prompt',
+            **anew | {'hx_vals': '{"do": "use"}'}), 'prompt') if setup.prompts else None,
+        Div(Input(id='prompt_name', name='prompt_name', form='composer', placeholder='Name of this prompt',
+                  aria_label='Name of this prompt', maxlength=60), Act('Save prompt', 'keep'),
+            Act('Use', 'use', cls='quiet unscripted') if setup.prompts else None,
+            Act('Delete', 'drop') if any(p.text == system for p in setup.prompts) else None, cls='row'),
+        Act('Save all', 'save', cls='quiet unscripted'), P(setup.said, role='status', cls='said'),
+        id='fields', **attrs)
+
+def Panel(setup):
+    return Div(H2('This conversation'), Fields(setup), id='panel', popover=True, role='dialog',
+               hx_sync='this:replace', aria_label='Settings of this conversation')
+
+def Opener(setup, **attrs):
+    "Which model answers; it opens the panel. Of a retired one it says so, and offers the next."
+    model, next = setup.model, setup.successor
+    gone = model.lifecycle == 'retired' and P(f'{model.name} is retired and answers no more. ', next and Button(
+        f'Go on with {next.name}', name='do', value='next', form='composer', formaction=setup.place, cls='quiet',
+        hx_post=setup.place, hx_target='#fields', hx_swap='outerHTML', hx_params='not message,key'), cls='gone')
+    return Div(gone or None, Button(model.name, type='button', popovertarget='panel', cls='quiet', data_action=
+               'Settings of this conversation', title='Model and settings of this conversation'), id='opener', **attrs)
+
+def Composer(typed='', notice='', to='', setup=None):
     """Where one writes. It posts to the page's own address, so a first question and a later one are the same form;
     `to` is for a page that stands at another one."""
     return Form(
@@ -2172,7 +2341,8 @@ def Composer(typed='', notice='', to=''):
                    data_action='Stop the reply'), cls='field'),
         Button(Icon('end'), 'Jump to the end', type='button', id='jump', hidden=True, data_action='Jump to the end'),
         P(notice, id='notice', role='alert'),
-        Div(P(id='link'), P(Kbd('Enter'), ' sends, ', Kbd('Shift Enter'), ' breaks the line', cls='hint'), cls='under'),
+        Div(Opener(setup) if setup else None, P(id='link'),
+            P(Kbd('Enter'), ' sends, ', Kbd('Shift Enter'), ' breaks the line', cls='hint'), cls='under'),
         id='composer', method='post', action=to or None, hx_post=to, hx_target='#messages', hx_swap='beforeend',
         hx_disabled_elt='.send')
 
@@ -2246,7 +2416,7 @@ def Dialogs():
                    id='keys', closedby='any', aria_labelledby='keys-title'))
 
 def Page(title, conversations, *content, look, current=None, running=False, demo=False, typed='', notice='',
-         to=''):
+         to='', setup=None):
     "A whole page. Without JavaScript it loads itself again while a reply runs. `look`: see `look_of`."
     config = {'includeIndicatorStyles': False, 'allowEval': False, 'allowScriptTags': False, 'historyCacheSize': 0,
               'refreshOnHistoryMiss': True, 'selfRequestsOnly': True, 'responseHandling': [
@@ -2265,7 +2435,8 @@ def Page(title, conversations, *content, look, current=None, running=False, demo
         Noscript(Meta(http_equiv='refresh', content='2')) if running else None)
     return Html(head, Body(
         A('To the message box', href='#message', cls='skip unseen'), Bar(title, look, current, demo),
-        Sidebar(conversations, look, current), Main(Div(*content, id='messages'), Composer(typed, notice, to)),
+        Sidebar(conversations, look, current), Main(
+            Div(*content, id='messages'), Composer(typed, notice, to, setup), Panel(setup) if setup else None),
         *Dialogs(), P(id='said', role='status', cls='unseen')),
         lang='en', data_theme=look['theme'], data_sidebar=look['sidebar'])
 
@@ -2319,7 +2490,7 @@ html { scrollbar-gutter: stable; text-size-adjust: 100%; }
 body { margin: 0; min-height: 100dvh; color: var(--ink); background: var(--page); font: var(--small)/1.5 var(--ui);
   display: grid; grid-template: var(--top) 1fr / var(--side) minmax(0, 1fr);
   grid-template-areas: 'side bar' 'side main'; }
-[data-sidebar=closed] body { grid-template-columns: 0 minmax(0, 1fr); }
+[data-sidebar=closed] { --side: 0; }
 a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset: .2em; }
 button, input, textarea { font: inherit; color: inherit; }
 button { background: none; border: 0; border-radius: var(--round); padding: .375rem .625rem; cursor: pointer; }
@@ -2456,10 +2627,26 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 body:has(.message[data-status=streaming]) .stop { display: grid; }
 .stop svg { fill: currentColor; }
 #notice { margin: .375rem .75rem 0; color: var(--accent); } #notice:empty { display: none; }
-.under { display: flex; justify-content: space-between; gap: 1rem; min-height: 1.25rem; margin: .25rem .75rem 0;
-  font-size: var(--tiny); color: var(--soft); }
-.under p { margin: 0; } .hint { visibility: hidden; }
+.under { display: flex; align-items: center; justify-content: space-between; gap: 1rem; min-height: 1.25rem;
+  margin: .25rem .75rem 0; font-size: var(--tiny); color: var(--soft); }
+.under p { margin: 0; } .under .hint { visibility: hidden; }
 .field:focus-within ~ .under .hint { visibility: visible; }
+#opener { display: flex; flex-wrap: wrap; align-items: center; margin-left: -.5rem; }
+#opener [popovertarget]::after { content: '▾' / ''; margin-left: .375rem; }
+#opener .gone { color: var(--accent); padding-left: .5rem; } .gone button { border: 1px solid var(--edge); }
+#panel { inset: auto 0 5.5rem var(--side); width: min(36rem, calc(100vw - 2rem)); max-height: calc(100dvh - 8rem);
+  margin: 0 auto; padding: 1rem 1.25rem; color: var(--ink); background: var(--page); border: 1px solid var(--edge);
+  border-radius: .875rem; overflow-y: auto; }
+#panel::backdrop { background: none; } #panel h2 { margin: 0 0 .75rem; font-size: 1.0625rem; }
+#panel p { margin: 0; color: var(--soft); font-size: var(--tiny); } #panel p:empty { display: none; }
+#fields { display: grid; grid-template-columns: minmax(0, 1fr); gap: .625rem; }
+#fields .row { display: flex; align-items: baseline; gap: .75rem; }
+#fields label { flex: 0 0 8rem; color: var(--soft); }
+#fields :is(select, input, textarea) { flex: 1; min-width: 0; padding: .375rem .625rem; color: inherit;
+  background: var(--card); border: 1px solid var(--line); border-radius: var(--round); font: inherit; }
+#fields textarea { resize: vertical; min-height: 4.5rem; max-height: 40dvh; field-sizing: content; }
+#fields button { border: 1px solid var(--edge); white-space: nowrap; } #fields > p { padding-left: 8.75rem; }
+@media (scripting) { .unscripted { display: none; } }
 #jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
   align-items: center; gap: .375rem; padding: .25rem .875rem .25rem .625rem; border: 1px solid var(--edge);
   border-radius: 2rem; background: var(--page); white-space: nowrap; }
@@ -2498,8 +2685,9 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
 @media (max-width: 48rem) {
   body, [data-sidebar=closed] body { grid-template: var(--top) 1fr / minmax(0, 1fr);
     grid-template-areas: 'bar' 'main'; }
-  .narrow { display: grid; } .wide, .hint { display: none; }
-  #sidebar { position: fixed; width: min(20rem, 85vw); }
+  .narrow { display: grid; } .wide, .under .hint { display: none; }
+  #sidebar { position: fixed; width: min(20rem, 85vw); } #panel { left: 0; bottom: 7.5rem; }
+  #fields label { flex-basis: 5.5rem; } #fields > p { padding-left: 6.25rem; }
   #sidebar:not(:popover-open) { display: none; }
   main { padding: 0 1rem; }
 }
@@ -2509,6 +2697,7 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
   .round { width: 2.75rem; height: 2.75rem; }
   #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
     align-content: center; }
+  #fields :is(select, input) { min-height: 2.75rem; font-size: 1rem; } #fields textarea { font-size: 1rem; }
   #message { padding-block: .625rem; } .find kbd { display: none; }
 }
 /* Signing in */
@@ -2816,7 +3005,8 @@ choices.addEventListener('click', e => choose(e.target.closest('li')));
 on('keydown', e => {
   if (e.isComposing) return;
   const writing = e.target.matches('input, textarea, [contenteditable]'), open = $('dialog[open], :popover-open');
-  if (e.key === 'Escape' && !open) $('#stop')?.requestSubmit();
+  if (e.key === 'Enter' && e.target.matches('#panel input')) e.preventDefault(); // it would send the message
+  else if (e.key === 'Escape' && !open) $('#stop')?.requestSubmit();
   else if (e.key === 'Enter' && e.target.matches('.image')) e.target.click();
   else if ((e.ctrlKey || e.metaKey) && e.key.toLowerCase() === 'k') {
     e.preventDefault();
@@ -3160,8 +3350,20 @@ async def sent(req, question, reply, *more):
     if not by_htmx(req): return RedirectResponse(place, 303)
     return (await bubble(req, question), await bubble(req, reply), Key(hx_swap_oob='true'), *more)
 
+async def setup_of(req, conversation=None, choices=None, said='') -> Setup:
+    "What is and what can be chosen for a conversation, or for one that has not begun."
+    here = parley(req)
+    if choices is None: choices = await here.turns.first_choices(owner(req))
+    model = here.claude.model_of(choices)
+    models = list((here.claude.models | {model.id: model}).values())
+    return Setup(conversation, choices, model, models, {m.id: here.claude.rates(m.id) for m in models},
+                 here.claude.nearest(model), await here.store.prompts(owner(req)), here.claude.longest(model),
+                 here.settings.max_system_chars, said)
+
 @rt.get('/')
-async def home(req): return await page(req, 'Parley', Empty(parley(req).claude.default()))
+async def home(req):
+    setup = await setup_of(req)
+    return await page(req, 'Parley', Empty(setup.model), setup=setup)
 
 @rt.post('/')
 async def begin(req):
@@ -3173,6 +3375,8 @@ async def begin(req):
     return await sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
                 Heading(conversation.title, conversation.id, hx_swap_oob='true'),
                 Ul(ListItem(conversation, conversation.id), id='conversations', hx_swap_oob='afterbegin'),
+                Fields(setup := await setup_of(req, conversation.id, conversation.choices), hx_swap_oob='true'),
+                Opener(setup, hx_swap_oob='true'),
                 HtmxResponseHeaders(push_url=place))
 
 @rt.get('/c/{conversation_id}.json')
@@ -3192,15 +3396,18 @@ async def as_markdown(req, conversation_id: str):
 SHOWN = 30  # messages on a page; older ones are loaded as the reader scrolls up
 
 @rt.get('/c/{conversation_id}')
-async def show(req, conversation_id: str):
+async def show(req, conversation_id: str): return await shown(req, conversation_id)
+
+async def shown(req, conversation_id, **more):
     "The end of a conversation, or with `?before=` a depth what comes before that."
     before = req.query_params.get('before', '')
     before = int(before) if before.isdecimal() and len(before) < 9 else ENDLESS
     conversation, path = await parley(req).store.path(owner(req), conversation_id, before=before, last=SHOWN)
     if by_htmx(req) and before < ENDLESS: return await transcript(req, path)
     later = A('To the end of the conversation', href=req.url.path, cls='quiet') if before < ENDLESS else None
+    setup = more.pop('setup', None) or await setup_of(req, conversation.id, conversation.choices)
     return await page(req, conversation.title, *await transcript(req, path), later, current=conversation.id,
-                      running=bool(path) and path[-1].status == RUNNING)
+                      running=bool(path) and path[-1].status == RUNNING, setup=setup, **more)
 
 @rt.get('/c/{conversation_id}/{idx}.md')
 async def as_written(req, conversation_id: str, idx: int):
@@ -3229,12 +3436,29 @@ async def stop(req, conversation_id: str):
     place = show.to(conversation_id=conversation_id)
     return Response(status_code=204) if by_htmx(req) else RedirectResponse(place, 303)
 
+@rt.post('/choices')
+async def choose_first(req): return await chosen(req)
+
 @rt.post('/c/{conversation_id}/choices')
-async def choose(req, conversation_id: str):
-    form, here = await form_of(req), parley(req)
-    before = await here.store.choices(owner(req), conversation_id)
-    await here.store.choose(owner(req), conversation_id, here.claude.valid(form, before))
-    return RedirectResponse(show.to(conversation_id=conversation_id), 303)
+async def choose(req, conversation_id: str): return await chosen(req, conversation_id)
+
+async def chosen(req, conversation=None):
+    "Keep what was chosen for a conversation, or show it for one that has not begun, and do what a button asks beside."
+    form, here, me = await form_of(req), parley(req), owner(req)
+    before, did = await here.store.choices(me, conversation) if conversation else {}, form.get('do')
+    prompts = {str(p.id): p for p in await here.store.prompts(me)}
+    if did == 'next' and (successor := here.claude.nearest(here.claude.model_of(before))): form['model'] = successor.id
+    if did == 'use' and form.get('prompt') in prompts: form['system'] = prompts[form['prompt']].text
+    choices = here.claude.valid(form, before)
+    if did == 'keep': await here.store.keep_prompt(me, form.get('prompt_name', '').strip(), choices.get('system'))
+    if did == 'drop': await here.store.drop_prompt(me, form.get('prompt'))
+    if conversation: await here.store.choose(me, conversation, choices)
+    lost = [name for name in ('effort', 'thinking') if form.get(name) and name not in choices]
+    said = f'{here.claude.model_of(choices).name} does not take this {" and ".join(lost)}.' if lost else ''
+    setup = await setup_of(req, conversation, choices, said)
+    if by_htmx(req): return Fields(setup), Opener(setup, hx_swap_oob='true')
+    more = {'setup': setup, 'typed': form.get('message', ''), 'notice': said}
+    return await (shown(req, conversation, **more) if conversation else page(req, 'Parley', Empty(setup.model), **more))
 
 @rt.post('/c/{conversation_id}/retry')
 async def retry(req, conversation_id: str):

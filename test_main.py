@@ -131,7 +131,7 @@ def words(content): return content if isinstance(content, str) else ''.join(b.ge
 class Upstream(httpx2.AsyncBaseTransport):
     """Claude as the tests need him. `says` and `plays` make a new question with its own answer, or one answer after
     the other for one try after the other; the last one stays. Any other question is answered by its echo."""
-    def __init__(self): self.plans, self.calls, self.models = {}, [], None
+    def __init__(self): self.plans, self.calls, self.models, self.title = {}, [], None, says('A title')
 
     def says(self, *steps, stop='end_turn'): return self.plays(says(*steps, stop=stop))
 
@@ -139,6 +139,9 @@ class Upstream(httpx2.AsyncBaseTransport):
         question = f'question {number()}'
         self.plans[question] = list(answers)
         return question
+
+    def titling(self, question):
+        return [c for c in list(self.calls) if question + '\n<' in c.question and c.question.endswith(main.TITLING)]
 
     def called(self, question): return [c for c in list(self.calls) if question in c.questions[-1:]]
 
@@ -157,6 +160,7 @@ class Upstream(httpx2.AsyncBaseTransport):
         tries = len(self.called(question))
         self.calls.append(call)
         plan = self.plans.get(question) or [says('You said: ' + question[:200])]
+        if question.endswith(main.TITLING): plan = [self.title]
         return call, plan[min(tries, len(plan) - 1)]
 
     async def handle_async_request(self, request):
@@ -403,7 +407,7 @@ class Site:
         port = listener.getsockname()[1]
         self.url, self.upstream, self.db = f'http://127.0.0.1:{port}', upstream, folder / 'parley.db'
         self.settings = dataclasses.replace(main.Settings.read({}), **{
-            'api_key': 'test', 'database_url': f'sqlite:///{self.db}', 'port': port, 'drain_seconds': 0, **settings})
+            'api_key': 'test', 'titles': 'off', 'database_url': f'sqlite:///{self.db}', 'port': port, 'drain_seconds': 0, **settings})
         self.door = main.create_app(self.settings, http=None if demo else httpx2.AsyncClient(transport=upstream))
         self.server = uvicorn.Server(main.serving(self.door))
         self.thread = threading.Thread(target=self.server.run, kwargs={'sockets': [listener]}, daemon=True)
@@ -647,7 +651,10 @@ def can(id, line='nova', lifecycle='active', created='2026-01-01', **able):
 
 NOVA = can('claude-nova-1', thinking=['adaptive', 'between_tools'], effort=['low', 'high', 'max', 'ultra'], most=9_000)
 MODELS = [NOVA, can('claude-old-1', thinking=['enabled', 'disabled'], created='2025-01-01'), can('claude-bare-1'),
-          can('claude-gone-1', lifecycle='retired', created='2024-01-01'), {'id': 'of-another-api', 'object': 'model'}]
+          can('claude-gone-1', lifecycle='retired', created='2024-01-01'),
+          {'id': 'of-another-api', 'object': 'model', 'display_name': '<script>alert(1)</script>'},
+          can('claude-haiku-5-5', 'haiku', thinking=['adaptive', 'disabled'], effort=['low', 'max']),
+          can('claude-last-1', 'last', lifecycle='deprecated', retires='2027-02-03T00:00:00Z')]
 
 def knowing(*models, **settings):
     claude = main.Claude(dataclasses.replace(main.Settings.read({}), api_key='test', **settings),
@@ -666,7 +673,7 @@ NOVA_SENDS = CACHED | {'max_tokens': 9_000}
      CACHED | {'thinking': {'type': 'between_tools'}, 'output_config': {'effort': 'high'}, 'max_tokens': 700}),
     ('claude-nova-1', {'thinking': 'maybe', 'effort': 'xhigh', 'max_tokens': '-5'}, NOVA_SENDS | {'thinking': SHOWN}),
     ('claude-nova-1', {'max_tokens': '9000000'}, NOVA_SENDS | {'thinking': SHOWN}),
-    ('claude-old-1', {}, CACHED), ('claude-old-1', {'thinking': 'off'}, CACHED | {'thinking': {'type': 'disabled'}}),
+    ('claude-old-1', {}, CACHED), ('claude-old-1', {'thinking': 'off'}, CACHED),
     ('claude-old-1', {'thinking': 'on', 'effort': 'high'},
      CACHED | {'thinking': {'type': 'enabled', 'budget_tokens': 8_000}}),
     ('claude-old-1', {'thinking': 'on', 'max_tokens': '1024'}, CACHED | {'max_tokens': 1024}),
@@ -728,7 +735,7 @@ def lab(tmp_path_factory):
     "A site whose Claude has a list of models, on two pages."
     upstream = Upstream()
     upstream.models = [MODELS[:2], MODELS[2:]]
-    lab = Site(tmp_path_factory.mktemp('lab'), upstream)
+    lab = Site(tmp_path_factory.mktemp('lab'), upstream, titles='on', max_system_chars=99)
     yield lab
     lab.stop()
 
@@ -769,6 +776,45 @@ def test_a_retired_model_refuses_in_words_and_keeps_the_text(lab):
     chat.ended(), asyncio.run(store.choose('owner', chat.id, {'model': 'claude-gone-1'}))
     answer = chat.post(message='precious words', htmx=False)
     assert answer.status_code == 409 and 'retired' in answer.text and 'precious words' in answer.text
+
+def titles(site, chat): return site.person().get(f'/c/{chat.id}.json').json()['title']
+
+@pytest.mark.parametrize('said, title', [
+    ('A title', 'A title'), ('## **Rock** and "roll"\n\nI chose this because', 'Rock and "roll'), ('“Çà et là.”\n', 'Çà et là'),
+    ('<b>x</b> \u202ey\x00z', '<b>x</b> y z'), ('word ' * 99, 'word ' * 10 + 'word…'), ('x' * 999, 'x' * 59 + '…'),
+    ('', ''), (' \n \t', ''), ('""', ''), ('***', '')])
+def test_a_title_is_one_short_line_of_plain_text(said, title): assert main.titled(said, 60) == title
+
+def test_claude_titles_after_the_first_answer_with_the_cheapest_model(lab):
+    me, upstream = lab.person(), lab.upstream
+    chat = me.ask(question := upstream.says('A long story.'), model='claude-nova-1', system='Be brief.')
+    chat.ended()
+    assert eventually(lambda: titles(lab, chat) == 'A title')
+    call, = upstream.titling(question)
+    assert {name: call.body[name] for name in ('model', 'thinking', 'output_config', 'max_tokens')} == {
+        'model': 'claude-haiku-5-5', 'thinking': {'type': 'disabled'}, 'output_config': {'effort': 'low'},
+        'max_tokens': 60} and 'system' not in call.body and 'A long story.' in call.question
+    chat.say('And?').ended(), chat.say('And then?').ended()
+    assert len(upstream.titling(question)) == 1
+
+def test_a_title_is_in_nobodys_way(lab, caplog):
+    me, upstream, gate = lab.person(), lab.upstream, Gate()
+    upstream.title = raw(before=gate)
+    try:
+        slow = me.ask(question := upstream.says('One.'))
+        slow.ended()
+        assert eventually(lambda: upstream.titling(question))
+        slow.say('And?').ended()
+        with contextlib.closing(sqlite3.connect(lab.db)) as db, db:
+            db.execute('update conversation set title = ?, named = 2 where id = ?', ['Mine', slow.id])
+        upstream.title = says('Too late')
+        gate.open()
+        upstream.title = refuses(400)
+        failed = me.ask(question := upstream.says('Two.'))
+        failed.ended()
+        assert eventually(lambda: upstream.titling(question) and not lab.door.state.parley.turns.naming)
+        assert (titles(lab, slow), titles(lab, failed)) == ('Mine', question)
+    finally: upstream.title = says('A title')
 
 @pytest.mark.parametrize('told', [b'<html>', b'[]', b'{"data": 5}', b'[' * 100_000, b'{"data": [' + b' ' * 2_000_000,
                                   b'{"data": [{}], "has_more": true}', httpx2.ReadError('x')], ids=lambda b: ascii(b)[:20])
@@ -824,6 +870,60 @@ def test_thinking_is_not_text(me, upstream):
         + event('content_block_delta', index=0, delta={'type': 'signature_delta', 'signature': 'x'}) \
         + event('content_block_stop', index=0) + event('something_new', index=0)
     assert me.ask(upstream.says(think, 'Yes.')).ended()['content'] == 'Yes.'
+
+
+# ---- What can be chosen ---------------------------------------------------------------------------------------------
+
+def field(html, name): return next(iter(Page(html).root.all(lambda n: n.attrs.get('name') == name)), None)
+def options(html, name): return [o.attrs['value'] for o in field(html, name).all(lambda n: n.tag == 'option')]
+def typed(html): return Page(html).root.find('message').text
+def picked(html, name): return [o.attrs['value'] for o in field(html, name).all(lambda n: 'selected' in n.attrs)]
+
+def test_the_panel_offers_what_the_model_has_and_nothing_else(lab):
+    me = lab.person()
+    nova, bare, last = (me.post('/choices', model=m, effort='ultra', system='Hm.').text
+                        for m in ('claude-nova-1', 'claude-bare-1', 'claude-last-1'))
+    assert options(nova, 'effort') == ['', 'low', 'high', 'max', 'ultra'] and picked(nova, 'effort') == ['ultra']
+    assert options(nova, 'thinking') == ['', 'off'] and field(nova, 'max_tokens').attrs['max'] == '9000'
+    assert not field(bare, 'effort') and not field(bare, 'thinking') and 'does not take this effort' in bare
+    assert 'Hm.' in bare and 'retires 2027-02-03' in last and 'price is unknown' in last
+    assert 'claude-gone-1' not in options(nova, 'model') and '<script>' not in nova
+
+def test_without_a_script_the_panel_keeps_what_was_typed(lab):
+    me = lab.person()
+    page = me.post('/choices', htmx=False, do='save', model='claude-nova-1', effort='max', message='half a thought').text
+    assert picked(page, 'effort') == ['max'] and 'half a thought' in typed(page)
+    chat = me.ask('One.', model='claude-bare-1')
+    page = chat.post('/choices', htmx=False, model='claude-nova-1', system='Hm.', message='half a thought').text
+    assert picked(page, 'model') == ['claude-nova-1'] and 'half a thought' in typed(page)
+    assert 'Hm.' in field(chat.page(), 'system').text and f'/c/{chat.id}/choices' in page
+
+def test_a_prompt_is_kept_under_a_name_used_and_deleted(lab):
+    me = lab.person()
+    kept = me.post('/choices', do='keep', prompt_name=' Poet ', system='Rhyme.').text
+    me.post('/choices', do='keep', prompt_name='Poet', system='Rhyme well.')
+    _, poet = options(kept, 'prompt')
+    newer = options(me.get('/').text, 'prompt')[1]
+    used = me.post('/choices', do='use', prompt=newer, system='').text
+    assert picked(kept, 'prompt') == [poet] and plain(field(used, 'system').text) == 'Rhyme well.'
+    assert me.post('/choices', do='keep', prompt_name='', system='x').status_code == 422
+    assert 'Rhyme well.' in me.post('/choices', do='drop', prompt=newer, system='Rhyme well.').text
+    assert not field(me.get('/').text, 'prompt')
+
+def test_a_system_prompt_that_is_too_long_is_refused_in_words(lab):
+    me = lab.person()
+    for path, chat in (('/', None), ('/choices', None), ('/choices', me.ask('One.'))):
+        answer = (chat or me).post(path, htmx=False, message='precious', model='claude-nova-1', system='x' * 100)
+        assert answer.status_code == 413 and '99' in answer.text and 'precious' in answer.text
+
+def test_a_retired_model_says_so_and_offers_the_next_of_its_line(lab):
+    me = lab.person()
+    chat = me.ask(lab.upstream.says('One.'), system='Hm.')
+    chat.ended(), asyncio.run(lab.door.state.parley.store.choose('owner', chat.id, {'model': 'claude-gone-1'}))
+    assert 'is retired' in chat.page() and 'Go on with The claude-old-1' in chat.page()
+    assert 'is retired' not in chat.post('/choices', model='claude-gone-1', do='next').text
+    chat.say(question := lab.upstream.says('Two.')).ended()
+    assert body(lab, question)['model'] == 'claude-old-1'
 
 
 # ---- Claude's faults: all are started together, then looked at one by one -------------------------------------------
@@ -3610,6 +3710,41 @@ def test_an_example_is_a_question_without_javascript_too(profile, new_site):
     question = view.page.locator('.examples button').first.inner_text()
     view.page.locator('.examples button').first.click()
     assert view.text(0) == question and view.ends()
+
+@browser_test
+@pytest.mark.parametrize('phone', [False, True])
+def test_the_settings_of_a_conversation_by_keyboard_and_on_a_phone(profile, lab, phone):
+    options = {'viewport': {'width': 390, 'height': 800}, 'has_touch': True, 'is_mobile': True} if phone else {}
+    view = View(profile(**options), lab.url)
+    page, panel, opener = view.page, view.page.locator('#panel'), view.page.locator('#opener [popovertarget]')
+    opener.press('Enter')
+    page.keyboard.press('Tab')
+    assert panel.is_visible() and page.evaluate('document.activeElement.id') == 'model'
+    page.locator('#model').select_option('claude-bare-1')
+    listens = "e => !!e['htmx-internal-data']?.listenerInfos"      # a swapped element does 20 ms later
+    assert view.eventually(lambda: 'bare' in opener.inner_text() and page.locator('#model').evaluate(listens))
+    assert not page.locator('#effort').count()
+    page.locator('#model').select_option('claude-nova-1')
+    page.locator('#effort').select_option('ultra')
+    page.locator('#system').fill('Be brief.')
+    page.locator('#max_tokens').fill('500')
+    page.locator('#max_tokens').press('Enter')
+    if phone:
+        sizes = page.eval_on_selector_all('#opener button, #fields :is(select, input, textarea, button)',
+                                          'all => all.filter(e => e.checkVisibility()).map(e => e.offsetHeight)')
+        assert min(sizes) >= 44 and panel.evaluate('e => e.scrollWidth <= e.clientWidth'), sizes
+    page.keyboard.press('Escape')
+    assert not panel.is_visible() and not view.bubble(0).count()
+    view.send(question := lab.upstream.says('Once.')).ends()
+    sent = body(lab, question)
+    assert (sent['model'], sent['output_config'], sent['system'], sent['max_tokens']) == (
+        'claude-nova-1', {'effort': 'ultra'}, 'Be brief.', 500)
+    assert 'claude-nova-1' in view.bubble(1).locator('.actions').inner_text()
+    opener.click()
+    with page.expect_response('**/choices'): page.locator('#effort').select_option('low')
+    page.reload()
+    assert page.locator('#effort').input_value() == 'low' and page.locator('#system').input_value() == 'Be brief.'
+    assert not view.console
 
 @browser_test
 def test_on_a_phone_the_sidebar_is_an_overlay_without_javascript_too(profile, site):
