@@ -56,8 +56,8 @@ import nh3
 import uvicorn
 from fastcore.xml import NotStr
 from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Dialog, Div, Dl, Dt, Footer, Form, Head,
-                                 Header, Html, Input, Kbd, Label, Li, Link, Main, Meta, Nav, Noscript, Optgroup, Option,
-                                 P, Script, Select, Span, Textarea, Time, Title, Ul, to_xml)
+                                 Header, Html, Input, Kbd, Label, Li, Link, Main, Mark, Meta, Nav, Noscript, Optgroup,
+                                 Option, P, Script, Select, Span, Textarea, Time, Title, Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
 from latex2mathml.converter import convert_to_element
@@ -286,6 +286,16 @@ class Session:
     created: float
     seen: float
 
+@dataclass
+class Hit:
+    "A title (`message` is None) or a message that a search found. In `snippet` what matched stands between MATCH."
+    conversation: str
+    title: str
+    message: int | None
+    role: str
+    created: float
+    snippet: str
+
 OWNER = 'owner'  # one person for now; every row carries it, so that there can be more
 RUNNING = 'streaming'
 STOPPED = 'Parley was stopped while this was being written.'
@@ -384,7 +394,57 @@ alter table piece add column kind text not null default 'text';
 create table known (name text primary key, value text, at float);
 create table prompt (id integer primary key, owner text, name text, text text);
 create unique index prompt_by_name on prompt (owner, name);
+create view said as select id, spaced(content) as text from message;
+create view titled as select rowid as id, spaced(title) as text from conversation;  -- never VACUUM: it moves rowids
+create virtual table said_index using fts5(text, content=said, content_rowid=id, prefix='1 2',
+    tokenize="unicode61 remove_diacritics 2 categories 'L* N* Co M*'");
+create virtual table titled_index using fts5(text, content=titled, content_rowid=id, prefix='1 2',
+    tokenize="unicode61 remove_diacritics 2 categories 'L* N* Co M*'");
+create trigger said_new after insert on message begin
+    insert into said_index (rowid, text) values (new.id, spaced(new.content)); end;
+create trigger said_gone after delete on message begin
+    insert into said_index (said_index, rowid, text) values ('delete', old.id, spaced(old.content)); end;
+create trigger said_anew after update of content on message when old.content <> new.content begin
+    insert into said_index (said_index, rowid, text) values ('delete', old.id, spaced(old.content));
+    insert into said_index (rowid, text) values (new.id, spaced(new.content)); end;
+create trigger titled_new after insert on conversation begin
+    insert into titled_index (rowid, text) values (new.rowid, spaced(new.title)); end;
+create trigger titled_gone after delete on conversation begin
+    insert into titled_index (titled_index, rowid, text) values ('delete', old.rowid, spaced(old.title)); end;
+create trigger titled_anew after update of title on conversation when old.title <> new.title begin
+    insert into titled_index (titled_index, rowid, text) values ('delete', old.rowid, spaced(old.title));
+    insert into titled_index (rowid, text) values (new.rowid, spaced(new.title)); end;
+insert into said_index (said_index) values ('rebuild');
+insert into titled_index (titled_index) values ('rebuild');
 ''']
+
+# Scripts that put no spaces between words: each of their letters is a word, and a run of them a phrase.
+UNSPACED = re.compile('([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff'
+                      '\U00020000-\U0003ffff])')
+GAP, MATCH = '\u200b', '\ue000\ue001'  # what is put between them; what marks the begin and the end of a match
+
+def spaced(text: str) -> str:
+    "What is indexed for `text`. It is part of the schema: the index holds what this says."
+    return text if text.isascii() else UNSPACED.sub(rf'{GAP}\1{GAP}', text)
+
+def query_of(typed: str) -> str:
+    "Whatever was typed as an FTS5 query: words and “phrases” that all must occur, the last word perhaps unfinished."
+    terms = [(said or word).replace('\0', ' ') for said, word in re.findall(r'["“”]([^"“”]*)["“”]|([^\s"“”]+)', typed)]
+    terms = [spaced(term) for term in terms if any(letter.isalnum() for letter in term)][:20]
+    unfinished = '*' * (bool(terms) and unicodedata.category(typed[-1])[0] in 'LNM')
+    return ' '.join(f'"{term}"' for term in terms) + unfinished
+
+# The newest matches are ranked, not all: a common word is in every second message.
+HITS = '''with found (id, rank) as materialized (
+    select rowid, bm25(said_index) from said_index where said_index match :query order by rowid desc limit 500)
+select m.id as message, m.conversation, c.title, m.role, m.created from found
+join message m on m.id = found.id join conversation c on c.id = m.conversation
+where m.owner = :owner and c.trashed is null
+order by rank / (1 + max(0, :now - m.created) / 31536000) limit :limit'''
+TITLES = '''select c.id as conversation, c.title, null as message, '' as role, c.updated as created,
+    highlight(titled_index, 0, :start, :end) as snippet
+from titled_index join conversation c on c.rowid = titled_index.rowid
+where titled_index match :query and c.owner = :owner and c.trashed is null order by c.updated desc limit :limit'''
 
 def as_row(row: dict, kind):
     "A row as an object of its class: columns that hold JSON become what they stand for."
@@ -509,6 +569,7 @@ class Store:
         self.db = {name: Database(apsw.Connection(str(self.file))) for name in self.threads}
         for db in self.db.values():
             db.conn.set_busy_timeout(5000)
+            db.conn.create_scalar_function('spaced', spaced, 1, deterministic=True)
             db.conn.pragma('synchronous', 'normal')
         self.db['reads'].conn.pragma('query_only', True)
         for file in self.file.parent.glob(self.file.name + '*'): file.chmod(0o600)
@@ -535,7 +596,7 @@ class Store:
             with in_words():
                 for number, step in enumerate(SCHEMA[version:], version + 1):
                     with transaction(db.conn, durable=True):
-                        db.conn.execute(step)
+                        db.conn.execute(step).fetchall()
                         db.conn.pragma('user_version', number)
         except Unusable as error:
             if kept and db.conn.pragma('user_version') == version: kept.unlink()  # it would only be a second one
@@ -574,6 +635,24 @@ class Store:
         "The newest conversations first."
         rows = db.q('select * from conversation where owner = ? order by updated desc limit ?', [owner, limit])
         return [as_row(row, Conversation) for row in rows]
+
+    @reads
+    def search(self, db, owner, typed, limit=30) -> list[Hit]:
+        "Titles first, then messages, the best and newest first, on whatever branch. Anything may be typed."
+        values = dict(query=query_of(typed), owner=owner, now=time.time(), limit=limit, start=MATCH[0], end=MATCH[1])
+        if not values['query']: return []
+        titles, said = db.q(TITLES, values | {'limit': 8}), db.q(HITS, values)
+        ids = ', '.join(str(hit['message']) for hit in said)
+        snippets = db.q(f"""select rowid as id, snippet(said_index, 0, :start, :end, '…', 24) as text from said_index
+                            where said_index match :query and rowid in ({ids})""", values)
+        snippets = {row['id']: row['text'] for row in snippets}
+        hits = titles + [hit | {'snippet': snippets[hit['message']]} for hit in said]
+        return [Hit(**hit | {'snippet': hit['snippet'].replace(GAP, '')}) for hit in hits]
+
+    @writes
+    def reindex(self, db):
+        "Make the index of the search anew from what is there."
+        for name in ('said_index', 'titled_index'): db.execute(f"insert into {name} ({name}) values ('rebuild')")
 
     @reads
     def path(self, db, owner, conversation, first=0, before=ENDLESS, last=None) -> tuple[Conversation, list[Message]]:
@@ -2378,7 +2457,7 @@ def Sidebar(conversations, look, current=None):
     themes = [Button(name.title(), name='theme', value=name, cls='quiet', data_action=f'Theme: {name}',
                      aria_pressed=str(name == look['theme']).lower()) for name in ('auto', 'light', 'dark')]
     return Nav(A(Icon('new'), 'New conversation', href='/', cls='new', data_action='New conversation'),
-               Button(Icon('find'), 'Find', Kbd('Ctrl K'), type='button', cls='find scripted', data_opens='palette'),
+               A(Icon('find'), 'Find', Kbd('Ctrl K'), href=search.to(), cls='find', data_opens='palette'),
                Ul(*[ListItem(c, current) for c in conversations], id='conversations'),
                P('Nothing here yet. What you ask is listed here, newest first.', cls='none'),
                LookForm(look, Div(*themes, role='group', aria_label='Theme', cls='themes')),
@@ -2401,14 +2480,44 @@ def Bar(title, look, current=None, demo=False):
         Heading(title, current), Span('Demo model', cls='tag') if demo else None,
         A(Icon('new'), Unseen('New conversation'), href='/', cls='round', title='New conversation'), id='bar')
 
+def Snippet(hit):
+    "What was found: the conversation it is in, and the words around the matches."
+    parts = re.split(f'[{MATCH}]', hit.snippet)
+    words = [Mark(part) if n % 2 else part for n, part in enumerate(parts)]
+    return words if hit.message is None else [Span(hit.title, cls='where'), Span(*words)]
+
+def told_of(hit):
+    who = {'user': 'You', 'assistant': 'Claude'}.get(hit.role, 'Conversation')
+    return f'{who}, {time.strftime("%Y-%m-%d", time.gmtime(hit.created))}'
+
+def HitOption(hit, n):
+    "A hit in the palette; the script goes there, or lands at its message by a form."
+    return Li(*Snippet(hit), id=f'hit-{n}', role='option', cls='hit', data_kind=told_of(hit), data_message=hit.message,
+              data_to=place_of(hit))
+
+def place_of(hit): return show.to(conversation_id=hit.conversation) + '/choose' * (hit.message is not None)
+
+def Hits(typed, hits):
+    "A page of its own for who has no script. Going to a message is a POST: its branch is chosen by it."
+    def Way(hit):
+        if hit.message is None: return A(*Snippet(hit), href=place_of(hit))
+        return Form(Button(*Snippet(hit), name='message', value=hit.message), method='post', action=place_of(hit))
+    return Div(
+        H2('Search'), Form(Input(name='q', value=typed, type='search', aria_label='Words to find'),
+                           Button('Search', cls='quiet'), action=search.to(), role='search'),
+        Ul(*[Li(Way(hit), P(told_of(hit))) for hit in hits]),
+        P('Nothing found.') if typed and not hits else None, id='search')
+
 KEYS = [('Enter', 'send'), ('Shift Enter', 'a new line'), ('Esc', 'stop the reply'), ('↑', 'your last question again'),
-        ('/', 'to the message box'), ('Ctrl K', 'find a conversation or an action'), ('?', 'these keys')]
+        ('/', 'to the message box'), ('Ctrl K', 'find words, a conversation or an action'), ('?', 'these keys')]
 
 def Dialogs():
     close = Form(Button(Icon('close'), Unseen('Close'), cls='round'), method='dialog')
-    words = 'Find a conversation or an action'
-    query = Input(id='query', role='combobox', placeholder=words, aria_label=words, autocomplete='off',
-                  aria_expanded='true', aria_controls='choices', aria_autocomplete='list')
+    words = 'Find words, a conversation or an action'
+    query = Input(id='query', role='combobox', placeholder=words, aria_label=words, autocomplete='off', name='q',
+                  aria_expanded='true', aria_controls='choices', aria_autocomplete='list', hx_get=search.to(),
+                  hx_trigger='input changed delay:120ms', hx_target='#choices', hx_swap='beforeend',
+                  hx_sync='this:replace', maxlength=400)
     return (Dialog(query, Ul(id='choices', role='listbox', aria_label=words), P('Nothing found.', cls='none'),
                    id='palette', closedby='any', aria_label='Find'),
             Dialog(close, H2('Keys', id='keys-title'),
@@ -2674,6 +2783,15 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
   border-radius: var(--round); cursor: pointer; }
 #choices [aria-selected=true] { background: var(--card); box-shadow: inset 2px 0 var(--accent); }
 #choices li::after { content: attr(data-kind); color: var(--soft); font-size: var(--tiny); }
+#choices .hit { flex-wrap: wrap; gap: 0 1rem; } .hit > :not(.where) { order: 3; flex-basis: 100%; color: var(--soft); }
+.where { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 60%; }
+mark { color: var(--accent); background: none; font-weight: 600; }
+#search form { display: flex; gap: .5rem; } #search > form { margin-bottom: 1.5rem; } #search ul { padding: 0; }
+#search input { flex: 1; min-width: 0; padding: .375rem .75rem; border: 1px solid var(--edge); background: var(--card);
+  border-radius: var(--round); }
+#search li { list-style: none; padding: .625rem 0; border-top: 1px solid var(--line); } #search li p { margin: 0;
+  color: var(--soft); font-size: var(--tiny); }
+#search li button { flex: 1; display: grid; padding: .25rem 0; text-align: left; }
 #palette:focus-within { border-color: var(--accent); }
 #keys { padding: 1.25rem 1.5rem; width: min(26rem, calc(100vw - 2rem)); }
 #keys form { float: right; margin: -.375rem -.75rem; }
@@ -2886,7 +3004,7 @@ on('click', e => {
   else if (control?.matches('[data-wrap]'))
     control.ariaPressed = control.closest('figure').toggleAttribute('data-wrap');
   else if (control?.matches('.image[data-src]')) open(control.dataset.src, '_blank', 'noopener,noreferrer');
-  else if (control?.matches('[data-opens]')) show(control.dataset.opens);
+  else if (control?.matches('[data-opens]')) { e.preventDefault(); show(control.dataset.opens); }
   else if (control === jump) toEnd();
 });
 
@@ -2961,7 +3079,8 @@ function emptied() {
   toEnd();
 }
 
-// The palette: every link of the sidebar and every control that names its action, found by words.
+// The palette: what the sidebar lists and every control that names its action, found by words at once; then, from the
+// server, titles and messages.
 const query = $('#query'), choices = $('#choices'), picked = () => $('[aria-selected=true]', choices);
 const bare = text => text.normalize('NFD').replace(/\p{M}/gu, '').toLowerCase();
 const usable = el => !el.matches('.stop, .retry *, #jump') || el.checkVisibility();
@@ -2971,7 +3090,7 @@ function show(id) {
   if (id === 'palette') find(query.value = '');
 }
 function find() {
-  const words = bare(query.value).split(/\s+/);
+  const words = bare(query.value).split(/\s+/), hits = query.value.trim() ? $$('.hit', choices) : [];
   const all = [...$$('#conversations a').map(el => [el, el.textContent, 'Conversation']),
     ...$$('[data-action]').filter(usable).map(el => [el, el.dataset.action, 'Action'])];
   const found = all.filter(([, name]) => words.every(word => bare(name).includes(word)));
@@ -2979,8 +3098,24 @@ function find() {
     const option = document.createElement('li');
     option.dataset.kind = kind;
     return Object.assign(option, { id: 'choice-' + n, role: 'option', textContent: name, act: () => el.click() });
-  }));
+  }), ...hits);
   pick(choices.firstChild);
+}
+on('htmx:beforeSwap', e => { if (e.detail.target === choices) $$('.hit', choices).forEach(hit => hit.remove()); });
+on('htmx:afterSwap', e => {
+  if (e.detail.target !== choices) return;
+  const listed = new Set($$('#conversations a').map(a => a.pathname));
+  if (!query.value.trim() || !$('#palette').open) $$('.hit', choices).forEach(hit => hit.remove());
+  for (const hit of $$('.hit', choices)) if (!hit.dataset.message && listed.has(hit.dataset.to)) hit.remove();
+  if (!picked()) pick(choices.firstChild);
+  announce(choices.children.length + ' found');
+});
+function land({ to, message }) {
+  if (!message) return location.assign(to);
+  const form = document.createElement('form'), field = document.createElement('input');
+  form.append(Object.assign(field, { name: 'message', value: message }));
+  document.body.append(Object.assign(form, { method: 'post', action: to, hidden: true }));
+  form.submit();
 }
 function pick(option) {
   for (const each of choices.children) each.ariaSelected = each === option;
@@ -2989,7 +3124,8 @@ function pick(option) {
 }
 function choose(option) {
   $('#palette').close();
-  option?.act();
+  if (!option) return;
+  option.act ? option.act() : land(option.dataset);
 }
 query.addEventListener('input', find);
 query.addEventListener('keydown', e => {
@@ -3378,6 +3514,13 @@ async def begin(req):
                 Fields(setup := await setup_of(req, conversation.id, conversation.choices), hx_swap_oob='true'),
                 Opener(setup, hx_swap_oob='true'),
                 HtmxResponseHeaders(push_url=place))
+
+@rt.get('/search')
+async def search(req):
+    typed = req.query_params.get('q', '')[:parley(req).settings.max_field_chars]
+    hits = await parley(req).store.search(owner(req), typed)
+    if by_htmx(req): return tuple(HitOption(hit, n) for n, hit in enumerate(hits))
+    return await page(req, 'Search', Hits(typed, hits), to='/')
 
 @rt.get('/c/{conversation_id}.json')
 async def as_json(req, conversation_id: str):

@@ -60,6 +60,17 @@ number = itertools.count(1).__next__
 browser_test = pytest.mark.browser
 
 
+CORPUS = json.loads((SOURCE.parent / '.ci' / 'hostile.json').read_text())
+
+def spelled(case, most=2_000):
+    "The text of a case of the corpus; what repeats does so `most` times at most."
+    text = case['payload']
+    if case.get('enc') == 'repeat':
+        before, unit, times, after = json.loads(text)
+        text = before + unit * min(times, most) + after
+    return text.replace('{{LIVE_ID}}', 'composer')
+
+
 # ---- The fake Claude: events of the Messages API, at the transport or behind a real socket --------------------------
 
 def event(kind, **data):
@@ -623,6 +634,59 @@ def test_the_database_and_all_beside_it_are_private(new_site, tmp_path):
     assert stat.S_IMODE(os.stat(tmp_path / 'data').st_mode) == 0o700
     files = {f.name: stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / 'data').iterdir()}
     assert 'parley.db' in files and set(files.values()) == {0o600}, files
+
+
+SAID = {'creme': 'Crème brûlée is nice', 'japan': '日本語のテキスト and more', 'thai': 'ภาษาไทย hello', 'hindi': 'हिन्दी में लिखा',
+        'apart': 'e\u0301te\u0301 decomposed', 'marks': "c++ is a foo-bar language, don't worry", 'tower': '東京タワー'}
+FOUND = [('creme', 'creme'), ('CRÈME', 'creme'), ('brul', 'creme'), ('brulee nice', 'creme'), ('nice brulee', 'creme'),
+         ('"is nice"', 'creme'), ('“is nice” cr', 'creme'), ('"nice is"', ''), ('日本', 'japan'), ('本語', 'japan'), ('語', 'japan'),
+         ('日語', ''), ('テキ', 'japan'), ('京', 'tower'), ('タワ', 'tower'), ('ไทย', 'thai'), ('ษา', 'thai'), ('हिन्दी', 'hindi'),
+         ('हि', 'hindi'), ('été', 'apart'), ('ete', 'apart'), ('foo-bar', 'marks'), ('c++', 'marks'), ("don't", 'marks'),
+         ('-foo', 'marks'), ('col:foo', ''), ('NEAR(foo bar)', ''), ('and mor', 'japan'), ('', ''), ('   ', ''), ('"', ''),
+         ('"""', ''), ('*', ''), ('(', ''), ('-', ''), ('foo*', 'marks'), ('foo\0bar', 'marks'), ('zz ' * 500, '')]
+
+@pytest.fixture(scope='module')
+def library(tmp_path_factory):
+    "A Store with a question and its answer for each text of SAID."
+    store = main.Store(tmp_path_factory.mktemp('library') / 'p.db')
+    async def fill():
+        for name, text in SAID.items():
+            _, reply, _ = await store.ask('me', None, name, None, 'm')
+            await store.save([main.Piece(reply.id, 0, text)], [(reply.id, 'done', '', {})])
+    asyncio.run(fill())
+    yield store
+    store.close()
+
+def search(store, typed, owner='me'): return asyncio.run(store.search(owner, typed))
+
+@pytest.mark.parametrize('typed, name', FOUND)
+def test_words_phrases_and_beginnings_are_found_in_any_script(library, typed, name):
+    assert {hit.title for hit in search(library, typed) if hit.role == 'assistant'} == ({name} if name else set())
+
+def test_a_title_comes_before_what_was_said_and_matches_are_marked(library):
+    title, question = search(library, 'jap')
+    assert (title.message, question.role) == (None, 'user') and title.snippet == '\ue000japan\ue001'
+    assert search(library, '本')[0].snippet == '日\ue000本\ue001語のテキスト and more'
+    assert not search(library, 'jap', owner='you')
+
+@pytest.mark.parametrize('case', [case for case in CORPUS if case['where'] in ('query', 'form_field', 'message')],
+                         ids=lambda case: case['id'])
+def test_whatever_is_typed_is_a_query(library, case): assert isinstance(search(library, spelled(case)), list)
+
+def test_the_index_follows_every_change_and_can_be_made_anew(library):
+    db = library.db['writes']
+    _, reply, _ = asyncio.run(library.ask('me', None, 'passing', None, 'm'))
+    assert search(library, 'passing') and not search(library, 'gone')
+    asyncio.run(library.save([main.Piece(reply.id, 0, 'gone soon')], [(reply.id, 'stopped', '', {})]))
+    db.execute("update conversation set title = 'fleeting' where id = ?", [reply.conversation])
+    assert search(library, 'gone') and search(library, 'fleeting')[0].message is None
+    db.execute('update conversation set trashed = 1 where id = ?', [reply.conversation])
+    assert not search(library, 'gone') and not search(library, 'fleeting')
+    db.execute('delete from conversation where id = ?', [reply.conversation])
+    for index in ('said_index', 'titled_index'): db.execute(f"insert into {index} ({index}) values ('integrity-check')")
+    before = [search(library, typed) for typed, _ in FOUND[:30]]
+    asyncio.run(library.reindex())
+    assert [search(library, typed) for typed, _ in FOUND[:30]] == before
 
 
 # ---- Claude: history in, events out ---------------------------------------------------------------------------------
@@ -1209,15 +1273,6 @@ def small_socket(port):
 
 # ---- Words: tables, properties, an oracle; nothing is timed, work is counted in characters parsed --------------------
 
-def spelled(case, most=2_000):
-    "The text of a case of the corpus; what repeats does so `most` times at most."
-    text = case['payload']
-    if case.get('enc') == 'repeat':
-        before, unit, times, after = json.loads(text)
-        text = before + unit * min(times, most) + after
-    return text.replace('{{LIVE_ID}}', 'composer')
-
-CORPUS = json.loads((SOURCE.parent / '.ci' / 'hostile.json').read_text())
 SAYINGS = [case for case in CORPUS if case.get('enc') in (None, 'repeat') and spelled(case).strip() and case['where'] in
            ('model_output', 'message', 'title', 'form_field', 'filename', 'query', 'system_prompt')]
 # Every construct in a few characters; `⏎` is a line end.
@@ -3472,6 +3527,7 @@ def clipboard(profile, site, **options):
 
 FILL = '''import sqlite3, sys, time
 db, count = sqlite3.connect(sys.argv[1], timeout=10), int(sys.argv[2])
+db.create_function('spaced', 1, lambda text: text, deterministic=True)
 first = db.execute('select coalesce(max(id), 0) + 1 from message').fetchone()[0]
 with db:
     db.execute("""insert into conversation (id, owner, title, leaf, created, updated)
@@ -3515,7 +3571,7 @@ def test_the_palette_finds_conversations_and_actions_by_words(view, upstream):
     view.page.goto(view.url)
     view.page.keyboard.press('Control+k')
     view.page.keyboard.type('brulee creme')
-    options = view.page.get_by_role('option')
+    options = view.page.locator('#choices [role=option]:not(.hit)')
     assert options.count() == 1 and options.first.get_attribute('aria-selected') == 'true'
     query = view.page.locator('#query')
     assert query.get_attribute('aria-activedescendant') == options.first.get_attribute('id')

@@ -423,6 +423,7 @@ async def typeset(server, bench):
 def fill_conversation(db, n):
     "Grow the one turn in `db` to `n` messages: its two rows, whatever their columns, again and again with other text."
     with closing(sqlite3.connect(db)) as con, con:
+        con.create_function('spaced', 1, lambda text: text, deterministic=True)  # of the index; the texts are ASCII
         con.row_factory = sqlite3.Row
         turn = [dict(r) for r in con.execute('select * from message order by idx')]
         leaf = turn[-1]['id']
@@ -500,6 +501,21 @@ async def felt(server, load):
             peak = max(peak, server.memory('Rss') - before)
             await asyncio.sleep(.02)
     return {'healthz p99, ms': p99(waits), 'memory grew, MB': peak}, await load
+
+@row('search', yardstick=False, limit=240)
+async def search(_, bench):
+    async with running(bench.server('app')) as server: await server.ask(bench.question(0, 50))
+    await asyncio.to_thread(fill_conversation, server.db, 100_000)
+    async with running(server):
+        async def wait(typed):
+            began = time.perf_counter()
+            page = await server.visitor.get('/search', params={'q': typed}, headers={'HX-Request': 'true'})
+            if 'role="option"' not in page.text: raise Missing(f'nothing was found for {typed}')
+            return 1000 * (time.perf_counter() - began)
+        typed = {'a common word': STEMS[0] + ' ', 'one letter': STEMS[0][0], 'two words': ' '.join(STEMS[:2]),
+                 'a phrase': f'"{STEMS[0]} {STEMS[1]}"', 'a rare word': STEMS[-1]}
+        waits = {name: [await wait(words) for _ in range(5)] for name, words in typed.items()}
+    return labelled('search 100,000 messages', {f'{name}, ms': statistics.median(some) for name, some in waits.items()})
 
 async def knock(server, said='', count=1):
     "Connections that say this much and no more."
