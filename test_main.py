@@ -3273,10 +3273,14 @@ def test_where_sockets_are_blocked_the_bubble_polls(profile, site, upstream):
 
 @browser_test
 def test_back_and_forward_open_no_socket_for_a_finished_reply(view, upstream):
-    view.send(upstream.says('first')).ends()
+    def answered(start, end):
+        view.send(upstream.says(start, gate := Gate(), end)).until(start)
+        gate.open()
+        view.ends()
+    answered('fir', 'st')
     there = view.page.url
     view.page.goto(view.url)
-    view.send(upstream.says('second')).ends()
+    answered('sec', 'ond')
     opened = len(view.sockets)
     for steps, text in [(-1, None), (-1, 'first'), (1, None), (1, 'second'), (-3, None), (1, 'first')]:
         view.go(steps, 1, text)
