@@ -36,13 +36,18 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import time
 import traceback
 import unicodedata
-from collections import ChainMap, deque
-from collections.abc import AsyncIterator, Mapping
+import zipfile
+import zlib
+from base64 import urlsafe_b64encode
+from collections import ChainMap, Counter, deque
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from getpass import getpass
 from html import escape, unescape
 from ipaddress import ip_network
@@ -57,7 +62,7 @@ import uvicorn
 from fastcore.xml import NotStr
 from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Dialog, Div, Dl, Dt, Footer, Form, Head,
                                  Header, Html, Input, Kbd, Label, Li, Link, Main, Mark, Meta, Nav, Noscript, Optgroup,
-                                 Option, P, Script, Select, Span, Textarea, Time, Title, Ul, to_xml)
+                                 Option, P, Progress, Script, Select, Span, Textarea, Time, Title, Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
 from latex2mathml.converter import convert_to_element
@@ -75,7 +80,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import (HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response,
+                                 StreamingResponse)
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -138,6 +144,8 @@ class Settings:
     max_prompts: int = setting(200, 'saved prompts of one person', low=1, high=10_000)
     max_field_chars: int = setting(1_024, 'the longest field of a form that is not a message', low=50, high=10_000)
     max_body_bytes: int = setting(4_000_000, 'the longest body of a request', low=1_000, high=200_000_000)
+    max_import_bytes: int = setting(2_000_000_000, 'the largest file to import, packed and unpacked', low=1_000,
+                                    high=10**12)
     max_header_bytes: int = setting(32_768, 'the longest head of a request', low=4_096, high=1_000_000)
     max_frame_chars: int = setting(4_096, 'the longest message a page sends over a socket', low=64, high=1_000_000)
     header_seconds: float = setting(10.0, 'how long the head of a request may take', low=0.1, high=600)
@@ -446,10 +454,18 @@ TITLES = '''select c.id as conversation, c.title, null as message, '' as role, c
 from titled_index join conversation c on c.rowid = titled_index.rowid
 where titled_index match :query and c.owner = :owner and c.trashed is null order by c.updated desc limit :limit'''
 
+JSON_COLUMNS = ('choices', 'blocks', 'meta')
+
 def as_row(row: dict, kind):
     "A row as an object of its class: columns that hold JSON become what they stand for."
-    return kind(**{name: json.loads(value) if name in ('choices', 'blocks', 'meta') else value
-                   for name, value in row.items()})
+    return kind(**{name: json.loads(value) if name in JSON_COLUMNS else value for name, value in row.items()})
+
+def as_columns(told: dict) -> dict:
+    return {name: json.dumps(value) if name in JSON_COLUMNS else value for name, value in told.items()}
+
+def derived(*parts: str) -> str:
+    "The id of a conversation that came from elsewhere: the same each time."
+    return urlsafe_b64encode(hashlib.sha256(json.dumps(parts).encode()).digest()[:12]).decode()
 
 def folded(pieces: list[tuple[str, str]]) -> tuple[str, list[dict]]:
     """What a reply said, from its (kind, text) in order: its Markdown, and the API's blocks if it is more than text.
@@ -663,6 +679,54 @@ class Store:
         return found, self._path(db, owner, conversation, first, before)
 
     @reads
+    def kept(self, db, owner) -> list[str]:
+        "The ids of all conversations that are not in the trash, oldest first."
+        rows = db.q('select id from conversation where owner = ? and trashed is null order by created, id', [owner])
+        return [row['id'] for row in rows]
+
+    @reads
+    def tree(self, db, owner, conversation) -> tuple[Conversation, list[Message]]:
+        "A conversation and all its messages, in the order they came. Raises `Refused` 404."
+        found = self._conversation(db, owner, conversation)
+        rows = db.q(f'select *, {TEXT} as content from message m where conversation = ? order by id', [conversation])
+        return found, [as_row(row, Message) for row in rows]
+
+    @writes
+    def bring_in(self, db, owner, told: dict, placed: list[int], here: dict) -> int:
+        """Save what is missing of a conversation as `ours` tells it, 500 messages a call, until `placed` has the id of
+        each; says how many were new. A message is the same if its parent, role and time are: `here` are those that were
+        there before. After each call the tree is whole, so nothing has to be undone if the next one fails."""
+        messages, new = told['messages'], 0
+        rows = db.q('select * from conversation where id = ?', [told['id']])
+        if rows and rows[0]['owner'] != owner:  # somebody else has brought in the same
+            told['id'] = derived(owner, 'parley', told['id'])
+            return self.bring_in.__wrapped__(self, db, owner, told, placed, here)
+        if rows and rows[0]['trashed'] or placed and not rows:  # there it stays; or it has been deleted just now
+            placed += [0] * (len(messages) - len(placed))
+            return 0
+        if not rows:
+            here[None] = True  # all is new, the path that is shown too
+            row = {name: value for name, value in told.items() if name not in ('messages', 'path')}
+            self._insert(db, 'conversation', owner=owner, seen=time.time(), **as_columns(row))
+        elif not placed:
+            for row in db.q('select * from message where conversation = ? order by id desc', [told['id']]):
+                here.setdefault((row['parent'], row['role'], row['created']), []).append(row['id'])
+        for message in messages[len(placed):]:
+            parent = None if message['parent'] is None else placed[message['parent']]
+            if same := here.get((parent, message['role'], message['created'])): placed.append(same.pop())
+            else:
+                row = as_columns(message) | {'parent': parent, 'conversation': told['id'], 'owner': owner}
+                placed.append(self._insert(db, 'message', **row))
+                new += 1
+            if new == 500: break
+        path = [placed[n] for n in told['path'] if n < len(placed)] or placed[-1:]
+        running = 'select 1 from message where conversation = ? and status = ?'
+        if new and (None in here or rows[0]['leaf'] in path) and not db.q(running, [told['id'], RUNNING]):
+            db.execute('update conversation set leaf = ?, updated = max(updated, ?) where id = ?',
+                       [path[-1], told['updated'], told['id']])
+        return new
+
+    @reads
     def message(self, db, owner, conversation, idx) -> Message | None:
         "The message of depth `idx` on the current path."
         first = min(idx, 2**31)  # a number from outside may be of any size
@@ -820,11 +884,325 @@ class Store:
 
 # %%
 if NOTEBOOK:
-    import tempfile
     store = Store(Path(tempfile.mkdtemp()) / 'try.db')
     question, reply, new = try_it(store.ask(OWNER, None, 'What is a parley?', 'key-1', 'demo'))
     try_it(store.save([Piece(reply.id, 0, 'A talk '), Piece(reply.id, 1, 'of foes.')], [(reply.id, 'done', '', {})]))
     print(*try_it(store.path(OWNER, question.conversation))[1], sep='\n')
+
+# %% [markdown]
+# ### In and out
+#
+# One format of our own, lossless and the same bytes each time; what others export is turned into it. A file is read to
+# its end, off the event loop and a conversation at a time, before anything of it is kept: a broken one changes nothing.
+# Then it comes in by small transactions that no running reply has to wait for, and the same file again adds only what
+# is missing. Formats: https://support.claude.com/en/articles/9450526 and https://help.openai.com/en/articles/7260999
+
+# %%
+# what only means something in this database, or only now
+LOCAL = {'id', 'owner', 'conversation', 'key', 'parent', 'idx', 'leaf', 'trashed', 'seen'}
+PORTABLE = {kind: [f for f in fields(kind) if f.name not in LOCAL] for kind in (Conversation, Message)}
+LONGEST_CONVERSATION, LONGEST_TABLE, LAST_DAY = 80_000_000, 20_000_000, 253_402_214_400  # characters, bytes, 9999-12-31
+CHOSEN = {'model': str, 'system': str, 'effort': str, 'thinking': str, 'max_tokens': int}
+
+def exported(conversation: Conversation, tree: list[Message]) -> dict:
+    """A conversation as our own format has it: `messages` are the path that is shown, `others` the rest of the tree. A
+    message's `id` is its place in the order they came, `idx` its depth."""
+    place, path, at = {m.id: n for n, m in enumerate(tree)}, set(), conversation.leaf
+    while at in place:
+        path.add(at)
+        at = tree[place[at]].parent
+    parts = {True: [], False: []}
+    for n, m in enumerate(tree):
+        told = {'id': n, 'parent': place.get(m.parent), 'idx': m.idx}
+        parts[m.id in path].append(told | {f.name: getattr(m, f.name) for f in PORTABLE[Message]})
+    return {'format': 'parley', 'version': 1, 'id': conversation.id, 'messages': parts[True], 'others': parts[False],
+            **{f.name: getattr(conversation, f.name) for f in PORTABLE[Conversation]}}
+
+def as_text(told: dict) -> bytes: return json.dumps(told, ensure_ascii=False, sort_keys=True).encode() + b'\n'
+
+def as_document(conversation: Conversation, path: list[Message]) -> str:
+    parts = [f'# {conversation.title}', *[f'## {"You" if m.role == "user" else "Claude"}\n\n{m.content}' for m in path]]
+    return '\n\n'.join(parts) + '\n'
+
+class Outbox(io.BytesIO):
+    "A file to write to, whose bytes are taken away to be sent as they come; so a zip can't go back in it."
+    def tell(self): raise OSError
+
+    def take(self) -> bytes:
+        data = self.getvalue()
+        self.__init__()
+        return data
+
+async def everything(store: Store, owner: str) -> AsyncIterator[bytes]:
+    "A zip of all conversations as JSON and as Markdown, the same bytes each time; one at a time is in memory."
+    out = Outbox()
+    archive = zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED)
+    for id in await store.kept(owner):
+        with contextlib.suppress(Refused):  # it was deleted meanwhile
+            await asyncio.to_thread(pack, archive, *await store.tree(owner, id))
+        yield out.take()
+    archive.close()
+    yield out.take()
+
+def pack(archive, conversation, tree):
+    told, when = exported(conversation, tree), time.gmtime(max(conversation.created, 315_619_200))  # zips know 1980 on
+    name = '-'.join([time.strftime('%Y-%m-%d', when), *re.findall(r'\w+', conversation.title[:50]), conversation.id])
+    text = as_document(conversation, [tree[m['id']] for m in told['messages']])
+    for kind, data in (('json', as_text(told)), ('md', text.encode())):
+        archive.writestr(zipfile.ZipInfo(f'{name}.{kind}', when[:6]), data, zipfile.ZIP_DEFLATED)
+
+class Narrow:
+    "A file of which nothing reads much at once: a zip's table of contents would be read whole, however long it is."
+    def __init__(self, file): self.file = file
+    def __getattr__(self, name): return getattr(self.file, name)
+
+    def read(self, most=-1):
+        data = self.file.read(LONGEST_TABLE + 1 if most < 0 else min(most, LONGEST_TABLE + 1))
+        if len(data) > LONGEST_TABLE: raise Refused(413, 'This zip has more files in it than can be read.')
+        return data
+
+def parts_of(file, most: int) -> Iterator:
+    "What came, or if it is a zip the JSON files in it that matter, of which nothing is ever written to the disk."
+    magic = file.read(16)
+    file.seek(0)
+    if magic[:6] == b'SQLite': raise Refused(422, 'This is a backup: `python main.py restore FILE` puts it back.')
+    if magic[:2] != b'PK': return (yield file)
+    with zipfile.ZipFile(Narrow(file)) as archive:
+        found = [each for each in archive.infolist() if each.filename.endswith('.json')]
+        found = [each for each in found if re.fullmatch(r'(.*/)?conversations([-_]\d+)?\.json', each.filename)] or found
+        if sum(each.file_size for each in found) > most: raise Refused(413, f'Unpacked, this is over {most:,} bytes.')
+        for each in found:
+            if each.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise NotImplementedError
+            with archive.open(each) as part: yield part
+
+def objects(part) -> Iterator[dict]:
+    "The objects of a JSON array, one at a time, or the one object that there is. Raises `ValueError`."
+    def no(constant): raise ValueError(constant)
+    stream, decode = io.TextIOWrapper(part, 'utf-8-sig'), json.JSONDecoder(parse_constant=no).raw_decode
+    text = stream.read(1 << 16).lstrip()
+    many, gap = text[:1] == '[', re.compile(r'[\s,]*')
+    at = int(many)
+    try:
+        while True:
+            at = gap.match(text, at).end()
+            if many and text[at:at + 1] == ']': return
+            try:
+                if text[at:at + 1] not in ('{', ''): raise TypeError
+                value, at = decode(text, at)
+            except ValueError:
+                more = stream.read(max(1 << 20, len(text) - at))  # twice as much each time: parsed twice at most
+                if not more: raise
+                text, at = text[at:] + more, 0
+                if len(text) <= LONGEST_CONVERSATION: continue
+                raise Refused(413, 'There is a conversation in it that is too long to be read.') from None
+            yield value
+            if not many: return
+    finally: stream.detach()
+
+def moment(value, otherwise=None) -> float | None:
+    "A time however it is told, in seconds or as ISO 8601 has it, if it is one that a calendar knows."
+    with contextlib.suppress(ValueError, OverflowError):
+        if isinstance(value, str):
+            when = datetime.fromisoformat(value)
+            value = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        if isinstance(value, (int, float)) and 0 <= float(value) < LAST_DAY: return float(value)
+    return otherwise
+
+def checked(told: dict, kind) -> dict:
+    "The fields of a conversation or a message of our own format. Raises `TypeError` for what can't be, or `KeyError`."
+    right = {}
+    for f in PORTABLE[kind]:
+        if f.name not in told and not (f.default is f.default_factory is MISSING): continue  # from before there was one
+        value = told[f.name]
+        if isinstance(0.5, f.type) and value is not None: value = moment(value)
+        if not isinstance(value, f.type) or isinstance(value, int) and abs(value) >> 53: raise TypeError
+        right[f.name] = value
+    return right
+
+def ours(told: dict, owner: str) -> dict:
+    "A conversation of our own format as `Store.bring_in` takes it. Raises what a wrong type or a missing field does."
+    if told['version'] != 1: raise Refused(422, 'This was exported by a newer Parley.')
+    if not all(isinstance(value, CHOSEN.get(name, object)) for name, value in told['choices'].items()): raise TypeError
+    id, messages = told['id'], []
+    if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', id): id = derived(owner, 'parley', id)  # it stands in addresses
+    for n, m in enumerate(sorted([*told['messages'], *told['others']], key=lambda m: m['id'])):
+        parent, message = m['parent'], checked(m, Message)
+        if type(m['id']) is not int or m['id'] != n: raise Refused(422, 'Two messages in this file have the same id.')
+        if parent is not None and (type(parent) is not int or not 0 <= parent < n):
+            raise Refused(422, 'A message in this file follows one that is not before it.')
+        if m['role'] not in ROLES or not all(isinstance(block['type'], str) for block in m['blocks']): raise TypeError
+        if m['status'] not in OVER: message |= {'status': 'interrupted', 'ended': message['created']}
+        messages.append(message | {'parent': parent, 'idx': 0 if parent is None else messages[parent]['idx'] + 1})
+    return checked(told, Conversation) | with_path(id, messages, messages and told['messages'][-1]['id'])
+
+def with_path(id, messages, leaf) -> dict:
+    path = [leaf] if messages else []
+    while path and (at := messages[path[-1]]['parent']) is not None: path.append(at)
+    return {'id': id, 'messages': messages, 'path': path[::-1]}
+
+def from_claude(told: dict, owner: str) -> dict:
+    "A conversation of Claude's data export. The parent of its first message is one that isn't there."
+    def text(m):
+        parts = list(map(words_from, m.get('content') or []))
+        for file in (m.get('attachments') or []) + (m.get('files') or []):
+            parts += [f'[Attached: {file.get("file_name") or "a text"}]', fenced(file.get('extracted_content'))]
+        return flowing(parts) or flowing([m.get('text')])
+    nodes = [(m['uuid'], m.get('parent_message_uuid'), {'human': 'user'}.get(m['sender'], m['sender']), text(m),
+              m.get('created_at'), '') for m in told['chat_messages']]
+    if not any(node[1] for node in nodes):  # older exports tell no parents
+        nodes = [(id, n and nodes[n - 1][0], *rest) for n, (id, _, *rest) in enumerate(nodes)]
+    return planted(derived(owner, 'claude', told['uuid']), told.get('name'), told.get('created_at'),
+                   told.get('updated_at'), nodes, told.get('current_leaf_message_uuid'))
+
+def from_chatgpt(told: dict, owner: str) -> dict:
+    "A conversation of ChatGPT's data export, in which much is never seen by people."
+    nodes = []
+    for id, node in told['mapping'].items():
+        m = node.get('message') or {}
+        content, meta, role = m.get('content') or {}, m.get('metadata') or {}, (m.get('author') or {}).get('role')
+        kind, parts = content.get('content_type'), content.get('parts') or [content.get('text')]
+        if role == 'tool' and kind in ('execution_output', 'multimodal_text'): role = 'assistant'
+        if meta.get('is_visually_hidden_from_conversation') or kind in UNTOLD: role = None
+        text = flowing(map(words_from, parts))
+        if kind in ('code', 'execution_output') or m.get('recipient') not in (None, 'all'):
+            text = fenced(text, content.get('language'))
+        text = flowing([text, *[f'[Attached: {file.get("name")}]' for file in meta.get('attachments') or []]])
+        nodes.append((id, node.get('parent'), role, text, m.get('create_time'), meta.get('model_slug')))
+    source = told.get('conversation_id') or told.get('id') or min(told['mapping'])
+    return planted(derived(owner, 'chatgpt', source), told.get('title'), told.get('create_time'),
+                   told.get('update_time'), nodes, told.get('current_node'))
+
+ROLES, OVER = ('user', 'assistant'), ('done', 'stopped', 'interrupted', 'failed')
+UNTOLD = ('thoughts', 'reasoning_recap', 'user_editable_context', 'model_editable_context', 'system_error',
+          'tether_browsing_display')
+UNASKED = '(This conversation began with an answer.)'
+
+def words_from(part) -> str:
+    "What a part of a foreign message says: its text, what a tool was given to write, or the name of what isn't here."
+    match part:
+        case str(): return part
+        case {'content_type': 'image_asset_pointer', 'asset_pointer': str(name)}: return f'[Image: {name}]'
+        case {'type': 'text', 'text': str(text)} | {'content_type': 'audio_transcription', 'text': str(text)}:
+            return text
+        case {'content_type': str(kind)}: return f'[Not in the export: {kind}]'
+        case {'type': 'tool_use', 'input': {'content': str(text), **more}}:
+            return flowing([more.get('title'), fenced(text, more.get('language'))])
+    return ''
+
+def flowing(parts) -> str: return '\n\n'.join(part for part in parts if isinstance(part, str) and part.strip())
+
+def fenced(text, language='') -> str:
+    if not isinstance(text, str) or not text.strip(): return ''
+    fence = max([*re.findall('`{3,}', text), '``']) + '`'
+    return f'{fence}{language if re.fullmatch(r"[a-z0-9+#]{1,20}", str(language)) else ""}\n{text}\n{fence}'
+
+def planted(id, title, created, updated, nodes, leaf) -> dict:
+    """A foreign conversation as `Store.bring_in` takes it, of nodes (id, parent, role, text, time, model). What has no
+    role of ours or no words is left out, and what follows it follows what was before; an answer that only goes on with
+    the answer before it is joined to it; where a tree begins with an answer, a question is put before it."""
+    known, depth, after = {node[0]: node for node in nodes}, {}, Counter(node[1] for node in nodes)
+    if len(known) < len(nodes): raise Refused(422, 'Two messages in this file have the same id.')
+    for at in known:
+        chain = []
+        while at in known and at not in depth:
+            depth[at] = 0  # until it is known; who meets it meanwhile has gone round
+            chain.append(at)
+            at = known[at][1]
+        if at in known and not depth[at]: raise Refused(422, 'The messages of a conversation go round in circles.')
+        for n, each in enumerate(reversed(chain), depth.get(at, 0) + 1): depth[each] = n
+    began, messages, place, sole = moment(created), [], {}, {}
+    def add(parent, role, text, when, model=''):
+        messages.append({'parent': parent, 'idx': 0 if parent is None else messages[parent]['idx'] + 1, 'role': role,
+                         'content': text, 'status': 'done', 'note': '', 'model': model, 'created': when, 'ended': when})
+        return len(messages) - 1
+    for node in sorted(nodes, key=lambda node: (depth[node[0]], moment(node[4], 0.0))):
+        at, above, role, text, when, model = node
+        parent, only = place.get(above), after[above] == 1 and sole.get(above, True)
+        before = {} if parent is None else messages[parent]
+        when = moment(when, before.get('created', began or 0.0))
+        if role not in ROLES or not text: place[at], sole[at] = parent, only
+        elif role == before.get('role') == 'assistant' and only:
+            before['content'], place[at] = f'{before["content"]}\n\n{text}', parent
+        else:
+            if parent is None and role == 'assistant': parent = add(None, 'user', UNASKED, when)
+            place[at] = add(parent, role, text, when, model if isinstance(model, str) else '')
+    title = ' '.join(title.split()) if isinstance(title, str) else ''
+    last = place.get(leaf) if isinstance(leaf, str) else None
+    if last is None and messages: last = max(range(len(messages)), key=lambda n: (messages[n]['created'], n))
+    times = [m['created'] for m in messages] or [0.0]
+    return {'title': in_a_line(title or next((m['content'] for m in messages), ''), 200), 'named': 2 * bool(title),
+            'created': began or min(times), 'updated': moment(updated) or max(times), **with_path(id, messages, last)}
+
+@dataclass
+class Import:
+    "A file that is coming in, or that did. `status` is how it ended, as HTTP numbers it, 0 while it goes on."
+    words: str = 'Reading the file.'
+    done: float = 0.0  # of 1
+    status: int = 0
+    task: asyncio.Task | None = None
+
+def several(n, what): return f'{n:,} {what}{"s" * (n != 1)}'
+
+BROKEN = {UnicodeDecodeError: 'it is not text in UTF-8', RecursionError: 'it is nested too deeply',
+          NotImplementedError: 'it is packed in an unusual way', zipfile.BadZipFile: 'the zip is damaged',
+          zlib.error: 'the zip is damaged', EOFError: 'the zip is damaged', RuntimeError: 'it has a password',
+          json.JSONDecodeError: 'it is no valid JSON'}
+
+def sift(file, size, out, owner, most, state: Import) -> int:
+    "Read a file to its end, and write what it holds to `out`, a conversation a line. Raises `Refused`."
+    count, seen = 0, {}
+    try:
+        for part in parts_of(file, most):
+            for told in objects(part):
+                match told:
+                    case {'format': 'parley'}: read = ours
+                    case {'chat_messages': _}: read = from_claude
+                    case {'mapping': _}: read = from_chatgpt
+                    case _: raise Refused(422, 'This is no export of Parley, Claude or ChatGPT that can be read.')
+                found = read(told, owner)
+                line = json.dumps(found, ensure_ascii=False, allow_nan=False).encode('utf-16', 'surrogatepass')
+                line = line.decode('utf-16', 'replace').encode() + b'\n'  # half a surrogate pair is no letter
+                mark = hashlib.sha256(line).digest()
+                if seen.setdefault(found['id'], mark) != mark:
+                    raise Refused(422, 'Two conversations in this file have the same id.')
+                out.write(line)
+                count += 1
+                state.done = file.tell() / size / 2
+                if state.status: raise Refused(503, 'Parley is being restarted. Import the file again in a moment.')
+    except OSError as error: raise Refused(507, 'There is no room on the disk to unpack this.') from error
+    except Refused: raise
+    except Exception as error:  # noqa: BLE001 whatever is wrong with a file from elsewhere
+        why = next((BROKEN[kind] for kind in BROKEN if isinstance(error, kind)), 'something in it has the wrong form')
+        place = f' Before that come {several(count, "good conversation")}.' if count else ''
+        raise Refused(422, f'This file can not be read: {why}.{place}') from error
+    if not count: raise Refused(422, 'There is no conversation in this file.')
+    return count
+
+async def take_in(store: Store, owner: str, file, size: int, state: Import):
+    "Import a file, and say in `state` how far it is and how it ended."
+    came = messages = here = 0
+    try:
+        with tempfile.TemporaryFile(dir=store.file.parent) as lines:
+            most = store.limits.max_import_bytes
+            count = await asyncio.to_thread(sift, file, size, lines, owner, most, state)
+            lines.seek(0)
+            for n in range(count):
+                told, placed, before, new = await asyncio.to_thread(lambda: json.loads(lines.readline())), [], {}, 0
+                while len(placed) < len(told['messages']): new += await store.bring_in(owner, told, placed, before)
+                came, here, messages = came + (new > 0), here + (not new and bool(placed)), messages + new
+                state.words, state.done = f'{n + 1:,} of {count:,} conversations are in.', .5 + n / count / 2
+        state.words, state.status = f'{several(came, "conversation")} with {several(messages, "message")} came in' + (
+            f', {here:,} {"was" if here == 1 else "were"} here already.' if here else '.'), 200
+    except Refused as no: state.words, state.status = f'Nothing came in. {no.words}', no.status
+    except Exception as error:  # noqa: BLE001 whatever it is, the person must be told
+        log.error('an import failed: %s', type(error).__name__)
+        why = error if isinstance(error, Unusable) else 'Parley failed, the log says more'
+        state.words, state.status = f'{several(came, "conversation")} came in, then it ended: {why}. The same file ' \
+            'again brings the rest.', 503
+
+# %%
+if NOTEBOOK:
+    print(as_text(exported(*try_it(store.tree(OWNER, question.conversation)))).decode())
 
 # %% [markdown]
 # ## 3 Claude
@@ -2461,6 +2839,7 @@ def Sidebar(conversations, look, current=None):
                Ul(*[ListItem(c, current) for c in conversations], id='conversations'),
                P('Nothing here yet. What you ask is listed here, newest first.', cls='none'),
                LookForm(look, Div(*themes, role='group', aria_label='Theme', cls='themes')),
+               A('Your data', href=your_data.to(), cls='quiet', data_action='Your data: export, import, backup'),
                Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys',
                       data_action='Show the keys'), SignOut() if look['locked'] else None,
                id='sidebar', popover=True, aria_label='Conversations')
@@ -2548,6 +2927,27 @@ def Page(title, conversations, *content, look, current=None, running=False, demo
             Div(*content, id='messages'), Composer(typed, notice, to, setup), Panel(setup) if setup else None),
         *Dialogs(), P(id='said', role='status', cls='unseen')),
         lang='en', data_theme=look['theme'], data_sidebar=look['sidebar'])
+
+def Incoming(now):
+    "How far an import is, or how it ended. While it goes on it asks for itself."
+    asks = dict(hx_get=importing.to(), hx_trigger='every 1s', hx_swap='outerHTML') if now and not now.status else {}
+    return Div(P(now.words, role='status') if now else None,
+               Progress(value=f'{now.done:.3f}', max=1, aria_label='Import') if asks else None, id='incoming', **asks)
+
+def YourData(now):
+    what = 'A file that Parley, Claude or ChatGPT exported (zip or JSON)'
+    return Div(
+        H2('Your data'),
+        P(A('Export everything', href=export.to(), download=True), ': a zip of all conversations with all their '
+          'branches, as JSON that can be imported, and as Markdown.'),
+        P(A('Download a backup', href=backup.to(), download=True), ': the whole database, the trash too, without '
+          'sign-ins. ', Code('python main.py restore'), ' puts it back.'),
+        Form(Label(what, _for='file'), Input(type='file', id='file', name='file', required=True,
+                                            accept='.zip,.json,application/zip,application/json'),
+             Button('Import', cls='quiet'), Progress(value=0, max=1, hidden=True, aria_label='Upload'), method='post',
+             enctype='multipart/form-data', action=bring.to(), hx_post=bring.to(), hx_encoding='multipart/form-data',
+             hx_target='#incoming', hx_swap='outerHTML', hx_disabled_elt='find button'),
+        Incoming(now), id='empty', cls='data')
 
 def SignOut():
     return Form(Button('Sign out', cls='quiet', data_action='Sign out'),
@@ -2772,6 +3172,11 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
   border-radius: 0; text-align: left; }
 .examples button:hover { color: var(--accent); }
 
+.data form { display: grid; justify-items: start; gap: .5rem; margin: 1.5rem 0 1rem; }
+.data input { max-width: 100%; }
+.data .quiet { border: 1px solid var(--edge); color: var(--ink); padding: .25rem .75rem; }
+progress { width: 100%; accent-color: var(--accent); } progress[hidden] { display: none; }
+
 /* Dialogs */
 dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh auto auto; padding: 0;
   color: var(--ink); background: var(--page); border: 1px solid var(--edge); border-radius: .875rem; }
@@ -2903,6 +3308,14 @@ function poll(bubble) { // a copy, so that the extension finds the element of it
 on('htmx:afterSwap', e => {
   const asked = e.detail.requestConfig?.elt, polled = asked?.matches('.message[hx-trigger]') && $('#' + asked.id);
   if (polled && polled.dataset.status !== 'streaming') over(polled);
+});
+
+// A file on its way: its form has a bar for how much of it has gone.
+on('htmx:xhr:progress', e => {
+  const bar = $('progress', e.target);
+  if (!bar || !e.target.matches('form')) return;
+  bar.hidden = e.detail.loaded === e.detail.total;
+  bar.value = e.detail.loaded / e.detail.total;
 });
 
 // A socket that slept may be half open and say nothing: open it anew unless it has just been heard.
@@ -3210,6 +3623,7 @@ OVER_HTTP, AT_HOME = {b'referrer-policy': b'same-origin'}, r'(localhost|127\.0\.
 OPEN = re.compile('/login|/healthz|/assets/[^/]+')  # what needs no session; the manifest is one of the assets
 FORMS = ('application/x-www-form-urlencoded', 'multipart/form-data')
 REQUEST = contextvars.ContextVar('the id of the request that is being answered', default=None)
+LARGE = {'/import': 'max_import_bytes'}  # where who is signed in may send a file, and the setting that bounds it
 DAY, SMALL, LOUDEST = 86_400, 65_536, 1_024  # seconds; bytes that a stranger may send freely; bytes of a password
 
 def scrypt(password: bytes, salt: bytes, log_n=15, r=8, p=3) -> str:
@@ -3233,7 +3647,7 @@ class Door:
     "Decides who may come in, bounds what they bring, and puts the headers on every answer."
     def __init__(self, app, settings: Settings, store: Store):
         self.settings, self.store, self.state, self.clock = settings, store, app.state, time.time
-        self.app, self.entry = RequestBodyLimitMiddleware(app, settings.max_body_bytes), self.guard
+        self.app, self.entry = app, self.guard
         if settings.trusted_proxies: self.entry = ProxyHeadersMiddleware(self.guard, settings.trusted_proxies)
         self.names = {'localhost', '127.0.0.1', '[::1]', *settings.allowed_hosts.lower().replace(',', ' ').split()}
         if settings.fly_app_name: self.names.add(f'{settings.fly_app_name}.fly.dev')
@@ -3283,19 +3697,26 @@ class Door:
             return PlainTextResponse('This is not a name of this server: ALLOWED_HOSTS says which are.', 400)
         reads = not socket and scope['method'] in ('GET', 'HEAD')
         if not reads and not self.same(headers, scope): return PlainTextResponse('This came from another site.', 403)
+        session = self.session(scope)
+        scope['owner'] = session.owner if session else None if self.settings.locked else OWNER
+        scope['session_id'] = session and session.id
         length = headers.get('content-length', '0')
-        most = 0 if reads or socket else self.settings.max_body_bytes
+        most = 0 if reads or socket else self.most(scope)
         if not length.isdecimal() or int(length[:20]) > most or reads and 'transfer-encoding' in headers:
             return PlainTextResponse(f'More than {most:,} bytes are too much here.', 413)
         if length != '0' and not headers.get('content-type', FORMS[0]).startswith(FORMS):  # FastHTML would parse JSON
             return PlainTextResponse('This is no form that can be read.', 415)
-        session = self.session(scope)
-        scope['owner'] = session.owner if session else None if self.settings.locked else OWNER
-        scope['session_id'] = session and session.id
         if scope['owner']:
             crowd = socket and sum(owner == scope['owner'] for owner, _ in self.sockets.values())
             if crowd < self.settings.sockets_per_person: return None  # else the page polls
         return PlainTextResponse('Sign in first.', 403) if socket else self.for_strangers(scope, headers, path, reads)
+
+    def most(self, scope) -> int:
+        "How many bytes a request may bring: a file as many as there is room for, too."
+        large = LARGE.get(scope['path']) if scope['owner'] and 'content-length' in Headers(scope=scope) else None
+        if not large: return self.settings.max_body_bytes
+        room = shutil.disk_usage(self.store.file.parent).free - self.settings.min_free_bytes
+        return min(getattr(self.settings, large), max(room, self.settings.max_body_bytes))
 
     def for_strangers(self, scope, headers, path, reads):
         "Open paths, else the way to the login page: with where one was going, and with what one had typed."
@@ -3322,13 +3743,14 @@ class Door:
     async def admit(self, scope, receive, send):
         "Run the app: a body must come in time, and a socket lives no longer than its session."
         if scope['type'] == 'http':
-            until = time.monotonic() + self.settings.body_seconds
+            most, until = self.most(scope), time.monotonic() + self.settings.body_seconds
 
             async def in_time():
+                late = self.settings.body_seconds if most > self.settings.max_body_bytes else until - time.monotonic()
                 try:
-                    async with asyncio.timeout(until - time.monotonic()): return await receive()
+                    async with asyncio.timeout(late): return await receive()  # a file may take long, if it keeps coming
                 except TimeoutError: raise Refused(408, 'This took too long to arrive. Send it again.') from None
-            return await self.app(scope, in_time, send)
+            return await RequestBodyLimitMiddleware(self.app, most)(scope, in_time, send)
         session = self.sessions.get(scope['session_id'])
         try:
             async with asyncio.timeout(session and self.left(session)) as until:
@@ -3438,6 +3860,8 @@ class Parley:
     shelf: Shelf
     door: Door
     check: asyncio.Task | None = None  # the write of /healthz that is under way
+    imports: dict[str, Import] = field(default_factory=dict)  # the last one of each owner
+    sending: set = field(default_factory=set)  # who is being sent what, of what is sent once at a time
 
 def parley(conn) -> Parley: return conn.app.state.parley
 def owner(conn) -> str: return conn.scope['owner']
@@ -3524,16 +3948,13 @@ async def search(req):
 
 @rt.get('/c/{conversation_id}.json')
 async def as_json(req, conversation_id: str):
-    conversation, path = await parley(req).store.path(owner(req), conversation_id)
-    return JSONResponse({'id': conversation.id, 'title': conversation.title, 'messages': [
-        {name: getattr(m, name) for name in ('idx', 'role', 'content', 'status', 'note', 'model', 'created', 'ended')}
-        for m in path]})
+    told = exported(*await parley(req).store.tree(owner(req), conversation_id))
+    return Response(await asyncio.to_thread(as_text, told), media_type='application/json')
 
 @rt.get('/c/{conversation_id}.md')
 async def as_markdown(req, conversation_id: str):
     conversation, path = await parley(req).store.path(owner(req), conversation_id)
-    parts = [f'# {conversation.title}', *[f'## {"You" if m.role == "user" else "Claude"}\n\n{m.content}' for m in path]]
-    return PlainTextResponse('\n\n'.join(parts) + '\n', media_type='text/markdown', headers={
+    return PlainTextResponse(as_document(conversation, path), media_type='text/markdown', headers={
         'content-disposition': f'attachment; filename="parley-{conversation.id}.md"'})
 
 SHOWN = 30  # messages on a page; older ones are loaded as the reader scrolls up
@@ -3607,6 +4028,59 @@ async def chosen(req, conversation=None):
 async def retry(req, conversation_id: str):
     question, reply = await parley(req).turns.retry(owner(req), conversation_id)
     return await bubble(req, reply) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
+
+@rt.get('/data')
+async def your_data(req):
+    now = parley(req).imports.get(owner(req))
+    return await page(req, 'Your data', YourData(now), to='/', running=bool(now and not now.status))
+
+async def download(req, name, chunks):
+    "Send something long as it is made, once at a time and to no other site. What fails at once is said in words."
+    if req.headers.get('sec-fetch-site', 'none') not in ('none', 'same-origin'): raise Refused(403, 'Ask for it here.')
+    who, sending = (owner(req), name), parley(req).sending
+    if who in sending: raise Refused(429, 'This is being sent already. Wait until that is done.', retry_after=10)
+    async def once():
+        sending.add(who)
+        try:
+            first = await anext(chunks)
+            yield b''  # taken below: a generator that has begun comes to its `finally` whatever happens
+            yield first
+            async for chunk in chunks: yield chunk
+        finally: sending.discard(who)
+    await anext(stream := once())
+    return StreamingResponse(stream, media_type='application/octet-stream', headers={
+        'content-disposition': f'attachment; filename="parley-{time.strftime("%Y-%m-%d")}.{name}"',
+        'content-encoding': 'identity'})
+
+@rt.get('/export.zip')
+async def export(req): return await download(req, 'zip', everything(parley(req).store, owner(req)))
+
+@rt.get('/backup')
+async def backup(req):
+    "The whole database, without what lets people in: it is one person's for now."
+    async def copied(file):
+        copy = file.with_name(f'{file.name}.{secrets.token_hex(4)}.part')  # swept up at the next start if we are killed
+        try: opened = (await asyncio.to_thread(copy_database, file, copy, SECRETS)).open('rb')
+        finally: copy.unlink(missing_ok=True)
+        with opened:
+            while chunk := await asyncio.to_thread(opened.read, 1 << 18): yield chunk
+    return await download(req, 'db', copied(parley(req).store.file))
+
+@rt.get('/import')
+async def importing(req):
+    return Incoming(parley(req).imports.get(owner(req))) if by_htmx(req) else RedirectResponse(your_data.to(), 303)
+
+@rt.post('/import')
+async def bring(req):
+    "Read a file that came; what takes more than a moment goes on by itself, and the page asks how far it is."
+    file, imports = (await req.form()).get('file'), parley(req).imports
+    if not getattr(file, 'size', 0): raise Refused(422, 'Choose a file first.')
+    if (now := imports.get(owner(req))) and not now.status: raise Refused(429, 'Wait: another file is still coming in.')
+    now = imports[owner(req)] = Import()
+    now.task = asyncio.create_task(take_in(parley(req).store, owner(req), file.file, file.size, now))
+    await asyncio.wait([now.task], timeout=1)
+    if now.status > 400: raise Refused(now.status, now.words)
+    return Incoming(now) if by_htmx(req) else RedirectResponse(your_data.to(), 303)
 
 @rt.post('/look')
 async def remember(req):
@@ -3760,6 +4234,7 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
         gc.freeze()  # what is here stays: a collection that looked at it again would stall every stream by 100 ms
         yield
         await turns.close()
+        for coming in app.state.parley.imports.values(): coming.status = coming.status or 503  # its thread looks there
         await claude.sdk.close()
         store.close()
 
@@ -3867,6 +4342,7 @@ def main():
         resource.setrlimit(resource.RLIMIT_NOFILE, [resource.getrlimit(resource.RLIMIT_NOFILE)[1]] * 2)
     try: app = create_app(settings)
     except Unusable as error: raise SystemExit(f'{settings.database}: {error}') from None
+    tempfile.tempdir = str(settings.database.parent.resolve())  # where files that come wait: /tmp may be memory
     if settings.demo: log.info('no key is set: the demo model answers')
     family = socket.AF_INET6 if ':' in settings.host else socket.AF_INET
     try: door = socket.create_server((settings.host.strip('[]'), settings.port), family=family, backlog=2048)

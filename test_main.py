@@ -18,6 +18,7 @@ import gzip
 import html.parser
 import http.server
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -31,10 +32,12 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -687,6 +690,270 @@ def test_the_index_follows_every_change_and_can_be_made_anew(library):
     before = [search(library, typed) for typed, _ in FOUND[:30]]
     asyncio.run(library.reindex())
     assert [search(library, typed) for typed, _ in FOUND[:30]] == before
+
+# ---- Store: in and out ----------------------------------------------------------------------------------------------
+
+def bring(me, data, name='conversations.json', htmx=True):
+    "Import a file as the form does; what is said, and how it is numbered."
+    if not isinstance(data, bytes): data = json.dumps(data).encode()
+    answer = me.http.post('/import', files={'file': (name, data)}, headers={'HX-Request': 'true'} if htmx else {})
+    for _ in range(100):
+        if 'every 1s' not in answer.text: break
+        time.sleep(.1)
+        answer = me.get('/import', **{'HX-Request': 'true'})
+    return answer.status_code, plain(Page(answer.text).root.text)
+
+def zipped(files, **more):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items(): archive.writestr(name, data if isinstance(data, bytes) else json.dumps(data))
+    return out.getvalue()
+
+def exports(me): return zipfile.ZipFile(io.BytesIO(me.get('/export.zip').content))
+def chats(me):
+    packed = exports(me)
+    return [json.loads(packed.read(name)) for name in packed.namelist() if name.endswith('.json')]
+def path_of(told): return [(m['role'], m['content']) for m in told['messages']]
+
+def claude_message(id, parent, sender, *content, at=0, **more):
+    return {'uuid': id, 'parent_message_uuid': parent, 'sender': sender, 'text': '', 'attachments': [], 'files': [],
+            'created_at': f'2025-03-01T10:00:{at:02}.500000Z', 'content': list(content)} | more
+
+def text(said): return {'type': 'text', 'text': said, 'citations': []}
+
+ROOT = '00000000-0000-4000-8000-000000000000'
+CLAUDE = [{
+    'uuid': 'c-1', 'name': 'Bread & “butter”', 'summary': '', 'account': {'uuid': 'a'},
+    'created_at': '2025-03-01T09:59:59.000000Z', 'updated_at': '2025-03-01T10:01:00+00:00', 'chat_messages': [
+        claude_message('m1', ROOT, 'human', text('How do I bake bread?')),
+        claude_message('m2', 'm1', 'assistant', text('With *flour*.'), at=1),
+        claude_message('m3', 'm1', 'assistant', {'type': 'thinking', 'thinking': 'Hmm.'}, text('With water.'), at=2),
+        claude_message('m4', 'm3', 'human', at=3, attachments=[
+            {'file_name': 'notes.txt', 'file_type': 'txt', 'extracted_content': 'rye ``` 50 g'}],
+            files=[{'file_name': 'loaf.png', 'file_uuid': 'f'}]),
+        claude_message('m5', 'm4', 'assistant', text('See:'), {'type': 'tool_use', 'name': 'artifacts', 'input': {
+            'title': 'Loaf', 'language': 'python', 'content': 'bake()'}}, {'type': 'tool_result', 'content': []}, at=4),
+        claude_message('m6', ROOT, 'human', text('How do I bake cake?'), at=5)],
+    'current_leaf_message_uuid': 'm5'}, {
+    'uuid': 'c-2', 'name': '', 'created_at': '2023-08-01T00:00:00Z', 'updated_at': None, 'chat_messages': [
+        {'uuid': 'n1', 'sender': 'human', 'text': 'An old one \ud83d\ude00 \ud800!', 'created_at': '2023-08-01T00:00:00Z'},
+        {'uuid': 'n2', 'sender': 'assistant', 'text': 'Yes.', 'created_at': None, 'attachments': None}]},
+    {'uuid': 'c-3', 'name': 'Nothing', 'created_at': '2023-08-01T00:00:00Z', 'updated_at': None, 'chat_messages': []}]
+
+def node(id, parent, role=None, *parts, at=None, kind='text', recipient='all', content=None, **metadata):
+    message = role and {'id': id, 'author': {'role': role, 'name': None, 'metadata': {}}, 'create_time': at,
+                        'update_time': None, 'content': content or {'content_type': kind, 'parts': list(parts)},
+                        'status': 'finished_successfully', 'weight': 1.0, 'metadata': metadata, 'recipient': recipient}
+    return id, {'id': id, 'message': message, 'parent': parent, 'children': []}
+
+CHATGPT = [{
+    'title': 'A cat', 'create_time': 1700000000.25, 'update_time': 1700000100.5, 'current_node': 'n8', 'id': 'g-1',
+    'conversation_id': 'g-1', 'mapping': dict([
+        node('n0', None), node('n1', 'n0', 'system', '', is_visually_hidden_from_conversation=True),
+        node('nc', 'n1', 'user', content={'content_type': 'user_editable_context', 'user_profile': 'canary'}),
+        node('n2', 'nc', 'user', {'content_type': 'image_asset_pointer', 'asset_pointer': 'file-service://file-1'},
+             'What is this?', at=1700000001.5, kind='multimodal_text', attachments=[{'name': 'cat.png', 'id': 'file-1'}]),
+        node('n3', 'n2', 'assistant', 'A dog.', at=1700000002, model_slug='gpt-4o'),
+        node('n4', 'n2', 'assistant', content={'content_type': 'thoughts', 'thoughts': []}, at=1700000003),
+        node('n5', 'n4', 'assistant', content={'content_type': 'code', 'language': 'python', 'text': 'look()'},
+             at=1700000004, recipient='python', model_slug='o3'),
+        node('n6', 'n5', 'tool', content={'content_type': 'execution_output', 'text': 'cat'}, at=1700000005),
+        node('n7', 'n6', 'assistant', 'A cat.', at=1700000006, model_slug='o3'),
+        node('n8', 'n7', 'user', 'Thanks <b>&</b>', at=1700000007)])}, {
+    'title': None, 'create_time': None, 'current_node': 'gone', 'conversation_id': 'g-2', 'mapping': dict([
+        node('b', 'a', 'user', 'Second'), node('a', None, 'assistant', 'First', at='soon')])}]
+
+@pytest.fixture(scope='module')
+def archive(new_site): return new_site()
+
+@pytest.mark.parametrize('wrap', [lambda told: told, lambda told: zipped({'users.json': [], 'x/conversations.json': told})])
+def test_an_export_of_claude_comes_in_with_branches_dates_and_titles(new_site, wrap):
+    me = new_site().person()
+    assert bring(me, wrap(CLAUDE)) == (200, '2 conversations with 8 messages came in.')
+    old, bread = chats(me)
+    assert (bread['title'], bread['named'], bread['created'], bread['updated']) == (
+        'Bread & “butter”', 2, 1740823199, 1740823260)
+    assert path_of(bread) == [
+        ('user', 'How do I bake bread?'), ('assistant', 'With water.'),
+        ('user', '[Attached: notes.txt]\n\n````\nrye ``` 50 g\n````\n\n[Attached: loaf.png]'),
+        ('assistant', 'See:\n\nLoaf\n\n```python\nbake()\n```')]
+    assert [(m['content'], m['parent'], m['idx']) for m in bread['others']] == [
+        ('How do I bake cake?', None, 0), ('With *flour*.', 0, 1)]
+    assert [m['created'] for m in bread['messages']] == [1740823200.5, 1740823202.5, 1740823203.5, 1740823204.5]
+    assert path_of(old) == [('user', 'An old one 😀 \ufffd!'), ('assistant', 'Yes.')] and old['title'] == 'An old one 😀 \ufffd!'
+    assert bring(me, wrap(CLAUDE)) == (200, '0 conversations with 0 messages came in, 2 were here already.')
+
+def test_an_export_of_chatgpt_comes_in_without_what_people_never_see(new_site):
+    me = new_site().person()
+    parts = {f'conversations-00{n}.json': [told] for n, told in enumerate(CHATGPT)}
+    assert bring(me, zipped(parts | {'user.json': {}, 'chat.html': b'<script>'})) == (
+        200, '2 conversations with 7 messages came in.')
+    odd, cat = chats(me)
+    assert (cat['title'], cat['created'], cat['updated']) == ('A cat', 1700000000.25, 1700000100.5)
+    assert path_of(cat) == [
+        ('user', '[Image: file-service://file-1]\n\nWhat is this?\n\n[Attached: cat.png]'),
+        ('assistant', '```python\nlook()\n```\n\n```\ncat\n```\n\nA cat.'), ('user', 'Thanks <b>&</b>')]
+    assert [(m['content'], m['parent'], m['model']) for m in cat['others']] == [('A dog.', 0, 'gpt-4o')]
+    assert path_of(odd) == [('user', main.UNASKED), ('assistant', 'First'), ('user', 'Second')]
+    page = Page(me.get(f'/c/{cat["id"]}').text).root
+    assert plain(page.find('content-2').text) == 'Thanks <b>&</b>' and not page.all(lambda n: n.tag == 'b')
+    chat = Chat(me, cat['id'], '').say('And now?')      # it goes on like any other, with what came in as its history
+    assert chat.ended()['content'] == 'You said: And now?' and len(chat.messages) == 5
+
+def test_our_export_comes_back_as_the_same_bytes(new_site, tmp_path, upstream):
+    site, other = new_site(), new_site()
+    me, you = site.person(), other.person()
+    chat = me.ask(upstream.says('**one** `a` \u2028 é 😀'))
+    chat.ended(), chat.say(upstream.plays(refuses(401))).ended(), chat.retry().ended()
+    bring(me, CLAUDE), bring(me, CHATGPT)
+    told = me.get('/export.zip').content
+    assert told == me.get('/export.zip').content and len(chats(me)) == 5
+    said = '5 conversations with 20 messages came in.'
+    assert bring(you, told) == (200, said) and you.get('/export.zip').content == told
+    assert bring(you, told)[1].endswith('5 were here already.') and bring(me, told)[1].startswith('0 conversations')
+    assert you.get('/export.zip').content == me.get('/export.zip').content == told
+    third = new_site().person()
+    assert bring(third, me.get(f'/c/{chat.id}.json').content)[1] == '1 conversation with 5 messages came in.'
+    assert third.get(f'/c/{chat.id}.json').content == me.get(f'/c/{chat.id}.json').content
+    assert third.get(f'/c/{chat.id}.md').text == me.get(f'/c/{chat.id}.md').text
+
+def test_a_file_that_has_grown_adds_what_is_new_and_moves_nobody_elsewhere(archive):
+    me = archive.person()
+    def told(*messages): return [{'uuid': 'grows', 'name': 'Grows', 'chat_messages': messages}]
+    first = [claude_message('1', ROOT, 'human', text('a')), claude_message('2', '1', 'assistant', text('b'), at=1)]
+    more = [*first, claude_message('3', '2', 'human', text('c'), at=2), claude_message('4', '3', 'assistant', text('d'), at=3)]
+    assert bring(me, told(*first))[1] == '1 conversation with 2 messages came in.'
+    assert bring(me, told(*more))[1] == '1 conversation with 2 messages came in.'
+    [id] = [c['id'] for c in chats(me) if c['title'] == 'Grows']
+    chat = Chat(me, id, '')
+    assert [m['content'] for m in chat.messages] == ['a', 'b', 'c', 'd']
+    chat.say('mine').ended()
+    branch = claude_message('5', '1', 'assistant', text('b2'), at=9)
+    assert bring(me, told(*more, branch))[1] == '1 conversation with 1 message came in.'
+    assert [m['content'] for m in chat.messages][-2:] == ['mine', 'You said: mine']
+
+def test_what_is_in_the_trash_stays_there_and_what_is_of_somebody_else_is_not_touched(new_site, tmp_path, upstream):
+    site = new_site(tmp_path)
+    chat = site.person().ask(upstream.says('mine'))
+    chat.ended()
+    told = chat.person.get(f'/c/{chat.id}.json').content
+    python(CHANGE, site.db, 'update conversation set trashed = 5')
+    me = chat.person
+    assert bring(me, told)[1].endswith('1 was here already.') and chats(me) == []
+    python(CHANGE, site.db, "update conversation set owner = 'somebody else'")
+    assert bring(me, told)[1] == '1 conversation with 2 messages came in.' and bring(me, told)[1].startswith('0')
+    [copy] = chats(me)
+    assert copy['id'] != chat.id and copy | {'id': chat.id} == json.loads(told)
+    assert rows(site.db, f"select count(*) from message where conversation = '{chat.id}'") == [[2]]
+
+def deep(n): return b'[' * n + b']' * n
+def with_message(**change):
+    message = {'id': 0, 'parent': None, 'role': 'user', 'content': 'x', 'status': 'done', 'note': '', 'model': '',
+               'created': 1.0, 'ended': 1.0, 'blocks': [], 'meta': {}}
+    return {'format': 'parley', 'version': 1, 'id': 'x', 'title': 't', 'named': 0, 'pinned': None, 'created': 1.0,
+            'updated': 1.0, 'choices': {}, 'messages': [message | change], 'others': []}
+def with_field(**change): return with_message() | change
+def looped(*pairs): return [{'id': 'l', 'mapping': dict(node(id, parent, 'user', id) for id, parent in pairs)}]
+
+def test_a_conversation_made_by_hand_comes_in(archive):
+    assert bring(archive.person(), with_message())[0] == 200
+
+WRONG = {
+    'no file': (b'', 'Choose a file'), 'no JSON': (b'hello', 'wrong form'), 'cut off': (json.dumps(CLAUDE).encode()[:-9], 'JSON'),
+    'not ours': ({'messages': []}, 'no export'), 'nothing': ([], 'no conversation'), 'a number': (b'17', 'wrong form'),
+    'numbers': ([1, 2], 'wrong form'), 'deep': (b'{"mapping":' + deep(100_000) + b'}', 'nested'), 'binary': (b'\xff\xfe{', 'UTF-8'),
+    'a backup': (b'SQLite format 3\0' + bytes(99), 'restore'), 'no zip': (b'PK\3\4' + bytes(99), 'damaged'),
+    'an empty zip': (zipped({}), 'no conversation'), 'a zip of nothing': (zipped({'a.txt': b'x'}), 'no conversation'),
+    'a torn zip': (zipped({'conversations.json': CLAUDE})[:-40], 'damaged'),
+    'a bomb': (zipped({'conversations.json': bytes(30_000_000)}), 'Unpacked'),
+    'white space': (zipped({'conversations.json': b'[' + b' ' * 19_000_000}), 'JSON'),
+    'many names': (zipped({f'{n}.json': b'' for n in range(500)}), 'JSON'),
+    'the last one of two': ([*CLAUDE, {'uuid': 'x', 'chat_messages': 5}], 'good conversations'),
+    'two of one id': ([CHATGPT[0], CHATGPT[0] | {'title': 'Other'}], 'same id'),
+    'messages of one id': ([{'uuid': 'd', 'chat_messages': [claude_message('1', ROOT, 'human', text('a'))] * 2}], 'same id'),
+    'a circle': (looped(('a', 'b'), ('b', 'a')), 'circles'), 'itself': (looped(('a', 'a')), 'circles'),
+    'a wide circle': (looped(('r', None), ('a', 'c'), ('b', 'a'), ('c', 'b')), 'circles'),
+    'types': ([{'uuid': 5, 'chat_messages': [[]]}], 'wrong form'), 'a mapping': ([{'mapping': [1]}], 'wrong form'),
+    'nothing in it': ([{'mapping': {}}], ''), 'a parent': ([{'id': 1, 'mapping': {'a': {'parent': []}}}], 'wrong form'),
+    'newer': (with_field(version=2), 'newer'), 'a day': (with_field(created=1e300), 'wrong form'),
+    'no number': (json.dumps(with_field(created=float('nan'))).encode(), 'wrong form'), 'a number too big': (with_field(named=10**30), 'wrong'),
+    'a title': (with_field(title=['t']), 'wrong form'), 'choices': (with_field(choices={'model': []}), 'wrong form'),
+    'a role': (with_message(role='system'), 'wrong form'), 'blocks': (with_message(blocks=['x']), 'wrong form'),
+    'its own parent': (with_message(parent=0), 'not before it'), 'a place': (with_message(id=7), 'same id'),
+    'infinite': (json.dumps(with_message(meta={'x': 1})).encode().replace(b'"x": 1', b'"x": 1e999'), 'wrong form'),
+    'a content': (with_message(content=None), 'wrong form'), 'no content': ({'format': 'parley'}, 'wrong form')}
+
+@pytest.fixture(scope='module')
+def careful(new_site): return new_site(max_import_bytes=20_000_000)
+
+@pytest.mark.parametrize('what', WRONG)
+def test_a_broken_file_changes_nothing_and_is_told_why(careful, what):
+    data, why = WRONG[what]
+    me = careful.person()
+    before = me.get('/export.zip').content
+    status, said = bring(me, data)
+    assert status in (413, 422) and why in said and said.count('.') >= 1 and len(said) < 300, (status, said)
+    assert me.get('/export.zip').content == before and not list(careful.db.parent.glob('*part*'))
+
+def test_a_zip_with_a_huge_table_of_contents_is_not_read(careful):
+    bomb = zipped({'a.json': b''})
+    at = bomb.rindex(b'PK\5\6')
+    table = bytes(25_000_000)
+    end = bomb[at:at + 12] + struct.pack('<II', len(table), 0) + b'\0\0'
+    assert main.LONGEST_TABLE < len(table)
+    with pytest.raises(main.Refused, match='more files'): list(main.parts_of(io.BytesIO(b'PK\3\4' + table + end), 10**9))
+
+def test_a_name_in_a_zip_leads_nowhere(archive, tmp_path):
+    me = archive.person()
+    names = ['../../up/conversations.json', '/tmp/conversations.json', 'C:\\conversations.json']
+    said = bring(me, zipped({name: [CLAUDE[0] | {'uuid': name}] for name in names[:2]}))
+    assert said == (200, '2 conversations with 12 messages came in.') and not Path('/tmp/conversations.json').exists()
+
+def test_a_large_file_is_for_who_is_signed_in_only(house, stranger, owner, upstream):
+    data = json.dumps([CLAUDE[0] | {'uuid': 'big', 'padding': 'x' * 5_000_000}]).encode()
+    assert stranger.http.post('/import', files={'file': ('x', data)}).status_code == 413
+    assert bring(owner, data) == (200, '1 conversation with 6 messages came in.')
+    assert owner.http.post('/', files={'file': ('x', data)}).status_code == 413
+
+def test_an_import_without_a_script_goes_by_pages(archive):
+    me = archive.person()
+    form = Page(me.get('/data').text).root.all(lambda n: n.attrs.get('action') == '/import')[0]
+    assert form.attrs['enctype'] == 'multipart/form-data' and form.attrs['method'] == 'post'
+    answer = me.http.post('/import', files={'file': ('x.json', json.dumps(CHATGPT).encode())})
+    assert (answer.status_code, answer.headers['Location']) == (303, '/data')
+    assert 'came in' in me.get('/data').text or 'already' in me.get('/data').text
+    assert 'role="status"' in me.get('/data').text and bring(me, b'{', htmx=False)[0] == 422
+
+def test_a_running_reply_is_not_stalled_by_an_import_and_both_come_through(archive, upstream):
+    me, gate = archive.person(), Gate()
+    tab = me.ask(upstream.says('half ', gate, *paced(['word '] * 100, .005))).watch().until('half')
+    messages = [claude_message(str(n), str(n - 1), 'human' if n % 2 == 0 else 'assistant', text('x' * 200)) for n in range(4000)]
+    gate.open()
+    assert bring(me, [{'uuid': 'long', 'name': 'Long', 'chat_messages': messages}])[1] == '1 conversation with 4,000 messages came in.'
+    assert tab.ends().text == plain('half ' + 'word ' * 100)
+    [told] = [told for told in chats(me) if told['title'] == 'Long']
+    assert [m['idx'] for m in told['messages']] == list(range(4000)) and not told['others']
+
+def test_a_backup_by_the_page_lets_nobody_in(house, owner, tmp_path):
+    owner.ask('kept in the backup').ended()
+    answer = owner.get('/backup')
+    (tmp_path / 'copy.db').write_bytes(answer.content)
+    assert 'attachment' in answer.headers['Content-Disposition'] and rows(tmp_path / 'copy.db', 'pragma quick_check') == [['ok']]
+    assert rows(tmp_path / 'copy.db', 'select count(*) from session') == [[0]] != rows(house.db, 'select count(*) from session')
+    for [session] in rows(house.db, 'select id from session'): assert session.encode() not in answer.content
+    assert ['kept in the backup'] in rows(tmp_path / 'copy.db', 'select content from message')
+    assert not list(house.db.parent.glob('*part*'))
+
+def test_what_is_sent_whole_is_sent_once_at_a_time_and_to_no_other_site(archive):
+    me = archive.person()
+    bring(me, CLAUDE)
+    for path in ('/export.zip', '/backup'):
+        assert eventually(lambda path=path: me.get(path).status_code == 200)
+        assert me.get(path, **{'Sec-Fetch-Site': 'cross-site'}).status_code == 403
+        who = ('owner', path.strip('/').removeprefix('export.').replace('backup', 'db'))
+        archive.door.state.parley.sending.add(who)
+        assert me.get(path).status_code == 429
+        archive.door.state.parley.sending.discard(who)
 
 
 # ---- Claude: history in, events out ---------------------------------------------------------------------------------
@@ -1723,7 +1990,7 @@ def test_a_hash_made_on_the_command_line_opens_the_door(new_site):
 LIST = {'/login', '/healthz', '/assets/{file}'}      # the open ones; a new route is guarded, or it is added here
 
 def every_route(house):
-    for route in house.door.state.parley.door.app.app.routes:
+    for route in house.door.state.parley.door.app.routes:
         assert isinstance(route, (Route, WebSocketRoute)) and not isinstance(route, Mount), route
         yield route, re.sub(r'{\w+(:\w+)?}', '1', route.path)
 
