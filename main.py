@@ -2741,51 +2741,49 @@ def Models(setup):
 def Fields(setup, **attrs):
     """What can be chosen, and only what this model has. The fields belong to the composer's form, so that a first
     question takes them along; of a conversation that has begun each is kept as it changes, by script or with Save."""
-    own, model = {'form': 'composer', 'hx_post': setup.place, 'hx_params': 'not message,key'}, setup.model
+    own = {'form': 'composer', 'hx_post': setup.place, 'hx_params': 'not message,key'}
     kept = own | {'hx_trigger': 'change', 'hx_swap': 'none'}
     anew = own | {'hx_target': '#fields', 'hx_swap': 'outerHTML'}
+    system = setup.choices.get('system', '')
+    def Row(words, control): return Label(Span(words), control, cls='row')
     def Act(words, do, cls='quiet'):
         return Button(words, name='do', value=do, cls=cls, formaction=setup.place, **anew)
-    def Row(words, control, id): return Div(Label(words, _for=id), control, cls='row')
-    def Choice(words, name, default, options):
+    def Choice(words, name, default, values):
         now = setup.choices.get(name)
-        return Row(words, Select(Option(default, value=''), *[Option(words, value=value, selected=value == now) for
-                                 value, words in options.items()], id=name, name=name, **kept), name)
-    system = setup.choices.get('system', '')
+        return values and Row(words, Select(Option(default, value=''), *[
+            Option(v.title(), value=v, selected=v == now) for v in values], id=name, name=name, **kept))
     return Div(
-        Row('Model', Select(*Models(setup), id='model', name='model', **anew), 'model'),
-        Abilities(model, setup.rates.get(model.id)),
-        Choice('Effort', 'effort', 'The model’s own', {e: e for e in model.efforts}) if model.efforts else None,
-        Choice('Thinking', 'thinking', 'Off' if 'on' in model.ways else 'On', {w: w.title() for w in model.ways})
-        if model.ways else None,
+        Row('Model', Select(*Models(setup), id='model', name='model', **anew)),
+        Abilities(setup.model, setup.rates[setup.model.id]),
+        Choice('Effort', 'effort', 'The model’s own', setup.model.efforts),
+        Choice('Thinking', 'thinking', 'Off' if 'on' in setup.model.ways else 'On', setup.model.ways),
         Row('Max. tokens', Input(type='number', id='max_tokens', name='max_tokens', min=1, max=setup.longest,
-                                 value=setup.choices.get('max_tokens', ''), placeholder=setup.longest, **kept),
-            'max_tokens'),
-        Row('System prompt', Textarea('\n' + system, id='system', name='system', rows=3, maxlength=setup.limit,
-                                      placeholder='What Claude should know or be in this conversation', **kept),
-            'system'),
-        Row('Saved prompts', Select(Option('None' if not setup.prompts else 'Choose one …', value=''), *[
+                                 value=setup.choices.get('max_tokens'), placeholder=setup.longest, **kept)),
+        Row('System prompt', Textarea('\n' + system, id='system', name='system', maxlength=setup.limit,
+                                      placeholder='What Claude should know or be in this conversation', **kept)),
+        setup.prompts and Row('Saved prompts', Select(Option('Choose one …', value=''), *[
             Option(p.name, value=p.id, selected=p.text == system) for p in setup.prompts], id='prompt', name='prompt',
-            **anew | {'hx_vals': '{"do": "use"}'}), 'prompt') if setup.prompts else None,
+            **anew | {'hx_vals': '{"do": "use"}'})),
         Div(Input(id='prompt_name', name='prompt_name', form='composer', placeholder='Name of this prompt',
                   aria_label='Name of this prompt', maxlength=60), Act('Save prompt', 'keep'),
-            Act('Use', 'use', cls='quiet unscripted') if setup.prompts else None,
+            setup.prompts and Act('Use', 'use', cls='quiet unscripted'),
             Act('Delete', 'drop') if any(p.text == system for p in setup.prompts) else None, cls='row'),
-        Act('Save all', 'save', cls='quiet unscripted'), P(setup.said, role='status', cls='said'),
-        id='fields', **attrs)
+        Act('Save all', 'save', cls='quiet unscripted'), P(setup.said, role='status'), id='fields', **attrs)
 
 def Panel(setup):
     return Div(H2('This conversation'), Fields(setup), id='panel', popover=True, role='dialog',
-               hx_sync='this:replace', aria_label='Settings of this conversation')
+               hx_sync='this:queue all', aria_label='Settings of this conversation')
 
 def Opener(setup, **attrs):
     "Which model answers; it opens the panel. Of a retired one it says so, and offers the next."
-    model, next = setup.model, setup.successor
-    gone = model.lifecycle == 'retired' and P(f'{model.name} is retired and answers no more. ', next and Button(
-        f'Go on with {next.name}', name='do', value='next', form='composer', formaction=setup.place, cls='quiet',
-        hx_post=setup.place, hx_target='#fields', hx_swap='outerHTML', hx_params='not message,key'), cls='gone')
-    return Div(gone or None, Button(model.name, type='button', popovertarget='panel', cls='quiet', data_action=
-               'Settings of this conversation', title='Model and settings of this conversation'), id='opener', **attrs)
+    gone, next = setup.model.lifecycle == 'retired', setup.successor
+    return Div(P(f'{setup.model.name} is retired and answers no more.') if gone else None,
+               Button(f'Go on with {next.name}', name='instead', value=next.id, form='composer', formaction=setup.place,
+                      cls='quiet', hx_post=setup.place, hx_target='#fields', hx_swap='outerHTML',
+                      hx_params='not message,key') if gone and next else None,
+               Button(setup.model.name, type='button', popovertarget='panel', cls='quiet',
+                      title='Model and settings of this conversation', data_action='Settings of this conversation'),
+               id='opener', **attrs)
 
 def Composer(typed='', notice='', to='', setup=None):
     """Where one writes. It posts to the page's own address, so a first question and a later one are the same form;
@@ -3142,7 +3140,7 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 .field:focus-within ~ .under .hint { visibility: visible; }
 #opener { display: flex; flex-wrap: wrap; align-items: center; margin-left: -.5rem; }
 #opener [popovertarget]::after { content: '▾' / ''; margin-left: .375rem; }
-#opener .gone { color: var(--accent); padding-left: .5rem; } .gone button { border: 1px solid var(--edge); }
+#opener p { color: var(--accent); padding-left: .5rem; } #opener [name=instead] { border: 1px solid var(--edge); }
 #panel { inset: auto 0 5.5rem var(--side); width: min(36rem, calc(100vw - 2rem)); max-height: calc(100dvh - 8rem);
   margin: 0 auto; padding: 1rem 1.25rem; color: var(--ink); background: var(--page); border: 1px solid var(--edge);
   border-radius: .875rem; overflow-y: auto; }
@@ -3150,7 +3148,7 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 #panel p { margin: 0; color: var(--soft); font-size: var(--tiny); } #panel p:empty { display: none; }
 #fields { display: grid; grid-template-columns: minmax(0, 1fr); gap: .625rem; }
 #fields .row { display: flex; align-items: baseline; gap: .75rem; }
-#fields label { flex: 0 0 8rem; color: var(--soft); }
+#fields span { flex: 0 0 8rem; color: var(--soft); }
 #fields :is(select, input, textarea) { flex: 1; min-width: 0; padding: .375rem .625rem; color: inherit;
   background: var(--card); border: 1px solid var(--line); border-radius: var(--round); font: inherit; }
 #fields textarea { resize: vertical; min-height: 4.5rem; max-height: 40dvh; field-sizing: content; }
@@ -3210,7 +3208,7 @@ mark { color: var(--accent); background: none; font-weight: 600; }
     grid-template-areas: 'bar' 'main'; }
   .narrow { display: grid; } .wide, .under .hint { display: none; }
   #sidebar { position: fixed; width: min(20rem, 85vw); } #panel { left: 0; bottom: 7.5rem; }
-  #fields label { flex-basis: 5.5rem; } #fields > p { padding-left: 6.25rem; }
+  #fields span { flex-basis: 5.5rem; } #fields > p { padding-left: 6.25rem; }
   #sidebar:not(:popover-open) { display: none; }
   main { padding: 0 1rem; }
 }
@@ -3992,6 +3990,7 @@ async def fragment(req, conversation_id: str, idx: int):
 async def ask(req, conversation_id: str):
     form = await form_of(req)
     text, key = form.get('message', ''), form.get('key') or None
+    if 'model' in form and not by_htmx(req): await keep(req, form, conversation_id)  # else each was kept as it changed
     return await sent(req, *await parley(req).turns.ask(owner(req), conversation_id, text, key))
 
 @rt.post('/c/{conversation_id}/stop')
@@ -4006,17 +4005,23 @@ async def choose_first(req): return await chosen(req)
 @rt.post('/c/{conversation_id}/choices')
 async def choose(req, conversation_id: str): return await chosen(req, conversation_id)
 
+async def keep(req, form, conversation=None) -> dict:
+    "What can be chosen of what a form says, kept for a conversation if there is one."
+    here, me = parley(req), owner(req)
+    before = await here.store.choices(me, conversation) if conversation else {}
+    choices = here.claude.valid(form, before)
+    if conversation: await here.store.choose(me, conversation, choices)
+    return choices
+
 async def chosen(req, conversation=None):
     "Keep what was chosen for a conversation, or show it for one that has not begun, and do what a button asks beside."
     form, here, me = await form_of(req), parley(req), owner(req)
-    before, did = await here.store.choices(me, conversation) if conversation else {}, form.get('do')
-    prompts = {str(p.id): p for p in await here.store.prompts(me)}
-    if did == 'next' and (successor := here.claude.nearest(here.claude.model_of(before))): form['model'] = successor.id
-    if did == 'use' and form.get('prompt') in prompts: form['system'] = prompts[form['prompt']].text
-    choices = here.claude.valid(form, before)
-    if did == 'keep': await here.store.keep_prompt(me, form.get('prompt_name', '').strip(), choices.get('system'))
-    if did == 'drop': await here.store.drop_prompt(me, form.get('prompt'))
-    if conversation: await here.store.choose(me, conversation, choices)
+    do, form['model'] = form.get('do'), form.get('instead') or form.get('model', '')
+    if do == 'use':
+        form['system'] = next((p.text for p in await here.store.prompts(me) if str(p.id) == form.get('prompt')), '')
+    choices = await keep(req, form, conversation)
+    if do == 'keep': await here.store.keep_prompt(me, form.get('prompt_name', '').strip()[:60], choices.get('system'))
+    if do == 'drop': await here.store.drop_prompt(me, form.get('prompt'))
     lost = [name for name in ('effort', 'thinking') if form.get(name) and name not in choices]
     said = f'{here.claude.model_of(choices).name} does not take this {" and ".join(lost)}.' if lost else ''
     setup = await setup_of(req, conversation, choices, said)

@@ -1225,9 +1225,13 @@ def test_without_a_script_the_panel_keeps_what_was_typed(lab):
     page = me.post('/choices', htmx=False, do='save', model='claude-nova-1', effort='max', message='half a thought').text
     assert picked(page, 'effort') == ['max'] and 'half a thought' in typed(page)
     chat = me.ask('One.', model='claude-bare-1')
+    chat.ended()
     page = chat.post('/choices', htmx=False, model='claude-nova-1', system='Hm.', message='half a thought').text
     assert picked(page, 'model') == ['claude-nova-1'] and 'half a thought' in typed(page)
     assert 'Hm.' in field(chat.page(), 'system').text and f'/c/{chat.id}/choices' in page
+    chat.post(htmx=False, model='claude-old-1', message=(question := lab.upstream.says('Two.')))
+    chat.ended()
+    assert body(lab, question)['model'] == 'claude-old-1'
 
 def test_a_prompt_is_kept_under_a_name_used_and_deleted(lab):
     me = lab.person()
@@ -1252,7 +1256,7 @@ def test_a_retired_model_says_so_and_offers_the_next_of_its_line(lab):
     chat = me.ask(lab.upstream.says('One.'), system='Hm.')
     chat.ended(), asyncio.run(lab.door.state.parley.store.choose('owner', chat.id, {'model': 'claude-gone-1'}))
     assert 'is retired' in chat.page() and 'Go on with The claude-old-1' in chat.page()
-    assert 'is retired' not in chat.post('/choices', model='claude-gone-1', do='next').text
+    assert 'is retired' not in chat.post('/choices', model='claude-gone-1', instead='claude-old-1').text
     chat.say(question := lab.upstream.says('Two.')).ended()
     assert body(lab, question)['model'] == 'claude-old-1'
 
