@@ -1276,7 +1276,7 @@ class Model:
         id = told.get('id') if isinstance(told, dict) else None
         if not isinstance(id, str) or not MODEL_ID.fullmatch(id): return None
         def able(of): return isinstance(of, dict) and of.get('supported') is True
-        def inside(of): return [name for name in of if able(of[name]) and MODEL_ID.fullmatch(name)] if able(of) else []
+        def inside(of): return [k for k in of if able(of[k]) and MODEL_ID.fullmatch(k)][:20] if able(of) else []
         def words(key): return ''.join(filter(str.isprintable, told[key][:80])) if type(told.get(key)) is str else ''
         def day(key): return words(key)[:10]
         def tokens(key): return told[key] if type(told.get(key)) is int and 0 < told[key] < 10**9 else 0
@@ -1485,7 +1485,8 @@ class Claude:
     def nearest(self, model: Model) -> Model | None:
         "The active model of the same line that came next after this one, else the newest."
         line = [m for m in self.models.values() if m.lifecycle == 'active' and m.line and m.line == model.line]
-        return min(line, key=lambda m: (m.created < model.created, m.created), default=None)
+        newer = [m for m in line if m.created >= model.created]
+        return min(newer, key=lambda m: m.created) if newer else max(line, key=lambda m: m.created, default=None)
 
     def model_of(self, choices: dict) -> Model: return self.models.get(choices.get('model')) or self.default()
 
@@ -1494,41 +1495,34 @@ class Claude:
         return min(self.settings.max_tokens, model.max_output or self.settings.max_tokens)
 
     def valid(self, said: Mapping, before: Mapping = {}) -> dict:
-        """What of `said` (as a form says it) can be chosen: what the list of models has, and a system prompt. A model
-        that is retired can only be kept from `before`. Raises `Refused` 413."""
-        said, most = {name: str(value) for name, value in said.items()}, self.settings.max_system_chars
-        listed = self.models.get(said.get('model'))
-        kept = {'model': listed.id} if listed and (listed.lifecycle != 'retired'
-                                                   or listed.id == before.get('model')) else {}
-        model = self.model_of(kept)
+        """What of `said`, by a form or long ago, can be chosen today: what the list of models has, and a system prompt.
+        A model that is retired can only be kept from `before`."""
+        said = {name: str(value) for name, value in said.items()}
+        kept, model = {}, self.models.get(said.get('model'))
+        if model and (model.lifecycle != 'retired' or model.id == before.get('model')): kept['model'] = model.id
+        model, tokens, system = self.model_of(kept), said.get('max_tokens', ''), said.get('system', '').strip()
         for name, allowed in (('effort', model.efforts), ('thinking', model.ways)):
             if said.get(name) in allowed: kept[name] = said[name]
-        tokens = said.get('max_tokens', '')
         if tokens.isdecimal() and len(tokens) < 9 and 0 < int(tokens) < self.longest(model):
             kept['max_tokens'] = int(tokens)
-        system = said.get('system', '').strip()
-        if len(system) > most:
-            raise Refused(413, f'The system prompt has {len(system):,} characters; {most:,} are allowed.')
         return kept | ({'system': system} if system else {})
 
     def request(self, path: list[Message], choices: Mapping = {}) -> dict:
         """The parameters of the call that answers `path`: what was chosen, as far as the model can do it. What nobody
         chose is left out, so that the model's own default holds, which its makers tuned; only a model that decides by
         itself how much it thinks (`adaptive`) is always asked to, for else its thinking would come hidden."""
-        model = self.model_of(choices)
-        most = min(choices.get('max_tokens') or self.longest(model), self.longest(model))
+        choices = self.valid(choices, choices)
+        model, think, effort = self.model_of(choices), choices.get('thinking'), choices.get('effort')
+        most = choices.get('max_tokens', self.longest(model))
         request = {'model': model.id, 'max_tokens': most}
-        if choices.get('system'): request['system'] = choices['system']
+        if 'system' in choices: request['system'] = choices['system']
         if model.known: request['cache_control'] = {'type': 'ephemeral'}  # the API finds the place by itself
-        think = choices.get('thinking') if choices.get('thinking') in model.ways else None
-        effort = choices.get('effort') if choices.get('effort') in model.efforts else None
         if think == 'off':
             request['thinking'] = {'type': 'disabled' if 'disabled' in model.thinking else 'between_tools'}
-            if effort in EFFORTS[3:]: effort = 'high'  # more is refused without thinking
+            if effort not in EFFORTS[:3]: effort = effort and 'high'  # more is refused without thinking
         elif 'adaptive' in model.thinking: request['thinking'] = {'type': 'adaptive', 'display': 'summarized'}
-        elif think and most > 1024:
-            request['thinking'] = {'type': 'enabled', 'budget_tokens': max(1024, most // 2)}
-        if effort: request['output_config'] = {'effort': effort}
+        elif think and most > 1024: request['thinking'] = {'type': 'enabled', 'budget_tokens': max(1024, most // 2)}
+        if effort in model.efforts: request['output_config'] = {'effort': effort}
         return request | {'messages': history(path, prefix_of(request))}
 
     def titling(self, path: list[Message]) -> dict:
@@ -3929,7 +3923,7 @@ async def home(req):
 @rt.post('/')
 async def begin(req):
     form, here = await form_of(req), parley(req)
-    choices = here.claude.valid(form) if 'model' in form else None
+    choices = choices_in(req, form) if 'model' in form else None
     question, reply = await here.turns.ask(owner(req), None, form.get('message', ''), form.get('key') or None, choices)
     conversation, _ = await parley(req).store.path(owner(req), reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
@@ -4015,11 +4009,16 @@ async def choose_first(req): return await chosen(req)
 @rt.post('/c/{conversation_id}/choices')
 async def choose(req, conversation_id: str): return await chosen(req, conversation_id)
 
+def choices_in(req, form, before: Mapping = {}) -> dict:
+    "What can be chosen of what a form says. Raises `Refused` 413."
+    size, limit = len(form.get('system', '')), parley(req).settings.max_system_chars
+    if size <= limit: return parley(req).claude.valid(form, before)
+    raise Refused(413, f'The system prompt has {size:,} characters; {limit:,} are allowed.', form.get('message', ''))
+
 async def keep(req, form, conversation=None) -> dict:
-    "What can be chosen of what a form says, kept for a conversation if there is one."
+    "The same, kept for a conversation if there is one."
     here, me = parley(req), owner(req)
-    before = await here.store.choices(me, conversation) if conversation else {}
-    choices = here.claude.valid(form, before)
+    choices = choices_in(req, form, await here.store.choices(me, conversation) if conversation else {})
     if conversation: await here.store.choose(me, conversation, choices)
     return choices
 

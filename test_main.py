@@ -1016,6 +1016,10 @@ def test_a_model_is_sent_what_was_chosen_and_it_can_do(model, chosen, sent):
     request = claude.request([], claude.valid({'model': model, **chosen}))
     assert request == {'model': model, 'max_tokens': 16_000, 'messages': []} | sent
 
+def test_choices_of_another_day_are_sent_as_far_as_they_make_sense_today():
+    odd = {'model': ['x'], 'effort': {}, 'thinking': 1, 'max_tokens': 'many', 'system': '', 'new': None}
+    assert knowing(*MODELS).request([], odd) == {'model': 'claude-sonnet-5-5', 'max_tokens': 16_000, 'messages': []}
+
 def test_without_a_list_the_configured_model_gets_plain_text():
     claude = knowing(model='local-7b')
     kept = claude.valid({'model': 'claude-nova-1', 'effort': 'high', 'thinking': 'on', 'system': 'Hm.'})
@@ -1024,6 +1028,7 @@ def test_without_a_list_the_configured_model_gets_plain_text():
 def test_a_retired_model_gives_way_to_the_next_of_its_line():
     line = [can(f'claude-nova-{n}', created=f'202{n}-01-01') for n in (6, 5, 3)]
     claude = knowing(*line, can('claude-nova-4', lifecycle='retired', created='2024-01-01'), model='claude-nova-4')
+    assert claude.nearest(main.Model('x', line='nova', created='2027-01-01')).id == 'claude-nova-6'
     assert claude.default().id == 'claude-nova-5' and claude.nearest(main.Model('x', line='other')) is None
     assert claude.valid({'model': 'claude-nova-4'}) == {}
     assert claude.valid({'model': 'claude-nova-4'}, {'model': 'claude-nova-4'}) == {'model': 'claude-nova-4'}
