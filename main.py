@@ -2747,7 +2747,8 @@ def Fields(setup, **attrs):
         return Button(words, name='do', value=do, cls=cls, formaction=setup.place, **anew)
     def Choice(words, name, default, values):
         now = setup.choices.get(name)
-        return values and Row(words, Select(Option(default, value=''), *[
+        if not values: return None
+        return Row(words, Select(Option(default, value=''), *[
             Option(v.title(), value=v, selected=v == now) for v in values], id=name, name=name, **kept))
     return Div(
         Row('Model', Select(*Models(setup), id='model', name='model', **anew)),
@@ -2758,12 +2759,12 @@ def Fields(setup, **attrs):
                                  value=setup.choices.get('max_tokens'), placeholder=setup.longest, **kept)),
         Row('System prompt', Textarea('\n' + system, id='system', name='system', maxlength=setup.limit,
                                       placeholder='What Claude should know or be in this conversation', **kept)),
-        setup.prompts and Row('Saved prompts', Select(Option('Choose one …', value=''), *[
+        Row('Saved prompts', Select(Option('Choose one …', value=''), *[
             Option(p.name, value=p.id, selected=p.text == system) for p in setup.prompts], id='prompt', name='prompt',
-            **anew | {'hx_vals': '{"do": "use"}'})),
+            **anew | {'hx_vals': '{"do": "use"}'})) if setup.prompts else None,
         Div(Input(id='prompt_name', name='prompt_name', form='composer', placeholder='Name of this prompt',
                   aria_label='Name of this prompt', maxlength=60), Act('Save prompt', 'keep'),
-            setup.prompts and Act('Use', 'use', cls='quiet unscripted'),
+            Act('Use', 'use', cls='quiet unscripted') if setup.prompts else None,
             Act('Delete', 'drop') if any(p.text == system for p in setup.prompts) else None, cls='row'),
         Act('Save all', 'save', cls='quiet unscripted'), P(setup.said, role='status'), id='fields', **attrs)
 
@@ -2994,7 +2995,7 @@ html { scrollbar-gutter: stable; text-size-adjust: 100%; }
 body { margin: 0; min-height: 100dvh; color: var(--ink); background: var(--page); font: var(--small)/1.5 var(--ui);
   display: grid; grid-template: var(--top) 1fr / var(--side) minmax(0, 1fr);
   grid-template-areas: 'side bar' 'side main'; }
-[data-sidebar=closed] { --side: 0; }
+[data-sidebar=closed] { --side: 0rem; }
 a { color: var(--accent); text-decoration-thickness: 1px; text-underline-offset: .2em; }
 button, input, textarea { font: inherit; color: inherit; }
 button { background: none; border: 0; border-radius: var(--round); padding: .375rem .625rem; cursor: pointer; }
@@ -3138,9 +3139,9 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 #opener { display: flex; flex-wrap: wrap; align-items: center; margin-left: -.5rem; }
 #opener [popovertarget]::after { content: '▾' / ''; margin-left: .375rem; }
 #opener p { color: var(--accent); padding-left: .5rem; } #opener [name=instead] { border: 1px solid var(--edge); }
-#panel { inset: auto 0 5.5rem var(--side); width: min(36rem, calc(100vw - 2rem)); max-height: calc(100dvh - 8rem);
-  margin: 0 auto; padding: 1rem 1.25rem; color: var(--ink); background: var(--page); border: 1px solid var(--edge);
-  border-radius: .875rem; overflow-y: auto; }
+#panel { inset: auto 0 5.5rem var(--side); width: min(36rem, calc(100vw - var(--side) - 2rem));
+  max-height: calc(100dvh - 8rem); margin: 0 auto; padding: 1rem 1.25rem; color: var(--ink); background: var(--page);
+  border: 1px solid var(--edge); border-radius: .875rem; overflow-y: auto; }
 #panel::backdrop { background: none; } #panel h2 { margin: 0 0 .75rem; font-size: 1.0625rem; }
 #panel p { margin: 0; color: var(--soft); font-size: var(--tiny); } #panel p:empty { display: none; }
 #fields { display: grid; grid-template-columns: minmax(0, 1fr); gap: .625rem; }
@@ -3201,10 +3202,11 @@ mark { color: var(--accent); background: none; font-weight: 600; }
 
 /* Other circumstances */
 @media (max-width: 48rem) {
+  :root { --side: 0rem; }
   body, [data-sidebar=closed] body { grid-template: var(--top) 1fr / minmax(0, 1fr);
     grid-template-areas: 'bar' 'main'; }
   .narrow { display: grid; } .wide, .under .hint { display: none; }
-  #sidebar { position: fixed; width: min(20rem, 85vw); } #panel { left: 0; bottom: 7.5rem; }
+  #sidebar { position: fixed; width: min(20rem, 85vw); } #panel { bottom: 7.5rem; }
   #fields span { flex-basis: 5.5rem; } #fields > p { padding-left: 6.25rem; }
   #sidebar:not(:popover-open) { display: none; }
   main { padding: 0 1rem; }

@@ -1222,7 +1222,7 @@ def test_the_panel_offers_what_the_model_has_and_nothing_else(lab):
     assert options(nova, 'effort') == ['', 'low', 'high', 'max', 'ultra'] and picked(nova, 'effort') == ['ultra']
     assert options(nova, 'thinking') == ['', 'off'] and field(nova, 'max_tokens').attrs['max'] == '9000'
     assert not field(bare, 'effort') and not field(bare, 'thinking') and 'does not take this effort' in bare
-    assert 'Hm.' in bare and 'retires 2027-02-03' in last and 'price is unknown' in last
+    assert '[]' not in bare and '()' not in bare and 'Hm.' in bare and 'retires 2027-02-03' in last and 'price is unknown' in last
     assert 'claude-gone-1' not in options(nova, 'model') and '<script>' not in nova
 
 def test_without_a_script_the_panel_keeps_what_was_typed(lab):
