@@ -1488,7 +1488,7 @@ class Claude:
         newer = [m for m in line if m.created >= model.created]
         return min(newer, key=lambda m: m.created) if newer else max(line, key=lambda m: m.created, default=None)
 
-    def model_of(self, choices: dict) -> Model: return self.models.get(choices.get('model')) or self.default()
+    def model_of(self, choices: dict) -> Model: return self.models.get(str(choices.get('model'))) or self.default()
 
     def longest(self, model: Model) -> int:
         "The most tokens that an answer may have."

@@ -1137,19 +1137,19 @@ def test_a_title_is_in_nobodys_way(lab, caplog):
     me, upstream, gate = lab.person(), lab.upstream, Gate()
     upstream.title = raw(before=gate)
     try:
-        slow = me.ask(question := upstream.says('One.'))
+        slow = me.ask(mine := upstream.says('One.'))
         slow.ended()
-        assert eventually(lambda: upstream.titling(question))
+        assert eventually(lambda: upstream.titling(mine))
         slow.say('And?').ended()
         with contextlib.closing(sqlite3.connect(lab.db)) as db, db:
-            db.execute('update conversation set title = ?, named = 2 where id = ?', ['Mine', slow.id])
+            db.execute('update conversation set named = 2 where id = ?', [slow.id])     # a person gave it
         upstream.title = says('Too late')
         gate.open()
         upstream.title = refuses(400)
         failed = me.ask(question := upstream.says('Two.'))
         failed.ended()
         assert eventually(lambda: upstream.titling(question) and not lab.door.state.parley.turns.naming)
-        assert (titles(lab, slow), titles(lab, failed)) == ('Mine', question)
+        assert (titles(lab, slow), titles(lab, failed)) == (mine, question)
     finally: upstream.title = says('A title')
 
 @pytest.mark.parametrize('told', [b'<html>', b'[]', b'{"data": 5}', b'[' * 100_000, b'{"data": [' + b' ' * 2_000_000,
