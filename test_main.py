@@ -2958,7 +2958,7 @@ class Server:
         with socket.create_server(('127.0.0.1', 0)) as free: self.port = port or free.getsockname()[1]
         self.url, self.log = f'http://127.0.0.1:{self.port}', folder / 'log'
         self.db = folder / 'data' / 'parley.db'
-        env = {'PATH': os.environ['PATH'], 'HOME': str(folder), 'PORT': str(self.port), **env}
+        env = {'PATH': os.environ['PATH'], 'HOME': str(folder), 'PORT': str(self.port), 'TITLES': 'off', **env}
         scope = {'env': env, 'folder': str(folder), 'path': str(SOURCE), 'log': str(self.log)}
         self.process = FORK.Process(target=exec, args=(RUN, scope), daemon=True)
         self.process.start()

@@ -221,6 +221,7 @@ class Server:
         self.url = f'http://127.0.0.1:{self.port}'
         self.env = {k: v for k, v in os.environ.items() if not k.startswith('ANTHROPIC_')} | {
             'HOST': '127.0.0.1', 'PORT': str(self.port), 'DATABASE_URL': f'sqlite:///{self.db}',
+            'TITLES': 'off',  # else a second call would be in every figure of a first answer
             'ANTHROPIC_API_KEY': 'bench', 'ANTHROPIC_BASE_URL': f'http://127.0.0.1:{upstream_port}'}
         self.visitor = httpx.AsyncClient(base_url=self.url, headers={'Origin': self.url}, timeout=20, trust_env=False)
 
