@@ -1837,7 +1837,7 @@ class Turns:
         self.grew, self.began, self.closing = asyncio.Event(), asyncio.Event(), False
         self.keeper: asyncio.Task | None = None
         self.learner, self.stale = None, asyncio.Event()  # who asks for the list of models, and that it is old
-        self.naming: dict[str, asyncio.Task] = {}  # by conversation
+        self.naming: set[asyncio.Task] = set()
         self.asking: list[str] = []  # the owners of replies that are about to begin
         self.messages = Pace(settings.messages_per_hour, 3600)
         self.conversations = Pace(settings.conversations_per_hour, 3600)
@@ -1938,7 +1938,7 @@ class Turns:
         for turn in self.running.values():
             turn.cancel(Ended('interrupted', STOPPED))
         await self._over(list(self.running.values()), 2)
-        for task in filter(None, (self.keeper, self.learner, *self.naming.values())): task.cancel()
+        for task in filter(None, (self.keeper, self.learner, *self.naming)): task.cancel()
 
     async def _over(self, turns, seconds):
         async def wait(turn):
@@ -2025,7 +2025,8 @@ class Turns:
                 turn.reply = next(reply for reply in ended if reply.id == turn.reply.id)
                 del self.running[turn.reply.conversation]
                 if turn.reply.idx == 1 and end.status == 'done' and self.settings.titles == 'on':
-                    self.naming[turn.reply.conversation] = asyncio.create_task(self._name(turn.reply))
+                    self.naming.add(task := asyncio.create_task(self._name(turn.reply)))
+                    task.add_done_callback(self.naming.discard)
             turn.show('')
 
     async def _name(self, reply):
@@ -2042,7 +2043,6 @@ class Turns:
             title = titled(text, self.settings.max_title_chars)
             if end and end.status == 'done' and title: await self.store.entitle(reply.owner, reply.conversation, title)
         except Exception as error: log.warning('no title: %s', type(error).__name__)  # noqa: BLE001 the old one stays
-        finally: self.naming.pop(reply.conversation, None)
 
 # %%
 if NOTEBOOK:
@@ -2542,12 +2542,9 @@ def Unseen(words): return Span(words, cls='unseen')
 def State(message, notice=''):
     "What stands under a message: how it is or how it ended, and what can be done. Swapped as a whole."
     words = f'{ENDS.get(message.status, "")} {message.note}'.strip() if message.status != RUNNING else notice
-    titled = message.idx == 1 and message.status == 'done' and time.time() - (message.ended or 0) < 20  # now
     return Footer(P(words, role='status' if notice else None) if words else None,
                   StopForm(message) if message.status == RUNNING else None,
                   RetryForm(message) if message.status in ENDS else None,
-                  Span(hx_get=rename.to(conversation_id=message.conversation), hx_trigger='load', hx_swap='none')
-                  if titled else None,
                   id=f'state-{message.idx}', cls='state', data_status=message.status)
 
 def StopForm(message):
@@ -3969,13 +3966,6 @@ async def shown(req, conversation_id, **more):
     setup = more.pop('setup', None) or await setup_of(req, conversation.id, conversation.choices)
     return await page(req, conversation.title, *await transcript(req, path), later, current=conversation.id,
                       running=bool(path) and path[-1].status == RUNNING, setup=setup, **more)
-
-@rt.get('/c/{conversation_id}/title')
-async def rename(req, conversation_id: str):
-    "The title in the page, once Claude has given it or has not."
-    if task := parley(req).turns.naming.get(conversation_id): await asyncio.wait([task], timeout=20)
-    conversation, _ = await parley(req).store.path(owner(req), conversation_id, 2**31)
-    return Heading(conversation.title, conversation.id, hx_swap_oob='true')
 
 @rt.get('/c/{conversation_id}/{idx}.md')
 async def as_written(req, conversation_id: str, idx: int):
