@@ -267,6 +267,7 @@ class Message:
     ended: float | None
     blocks: list = field(default_factory=list)
     meta: dict = field(default_factory=dict)  # of a reply: usage, timings, request id
+    siblings: list = field(default_factory=list)  # on a path: the ids of all that stand at its place, oldest first
 
 @dataclass
 class Piece:
@@ -307,6 +308,9 @@ class Hit:
 OWNER = 'owner'  # one person for now; every row carries it, so that there can be more
 RUNNING = 'streaming'
 STOPPED = 'Parley was stopped while this was being written.'
+STILL_WRITING = 'A reply is still being written: stop it or wait.'
+ELSEWHERE = 'This conversation has gone on elsewhere. Your text is not sent yet: read first, then send it again.'
+NO_MESSAGE = 'There is no such message here.'
 
 class Refused(Exception):
     "What can't be done, with an HTTP `status` and `words` for the person. `typed` is the text that must not be lost."
@@ -369,10 +373,17 @@ ENDLESS = 1 << 60  # deeper than any path
 TEXT = """content || coalesce((select group_concat(text, '' order by seq) from piece
                                where message = m.id and kind = 'text'), '')"""
 PATH = f'''with recursive path(id) as (
-    select leaf from conversation where id = :conversation and owner = :owner
+    select coalesce(:leaf, leaf) from conversation where id = :conversation and owner = :owner
     union all select m.parent from message m join path on m.id = path.id where m.idx > :first)
 select m.id, conversation, owner, parent, idx, role, {TEXT} as content, status, note, model, key, created, ended,
-       blocks, meta from message m join path on m.id = path.id where m.idx < :before order by idx'''
+       blocks, meta, (select json_group_array(id order by id) from message
+                      where conversation = m.conversation and parent is m.parent) as siblings
+from message m join path on m.id = path.id where m.idx < :before order by idx'''
+# the end of the path that leads on from a message, always by the newest; a child's id is greater than its parent's
+NEWEST = '''with recursive down(id) as (
+    select :m union all select (select max(id) from message where conversation = :c and parent = down.id) from down
+    where down.id is not null)
+select max(id) from down'''
 
 # Numbered steps by `user_version`, each one transaction. A step that was released is never edited: a new one follows.
 SCHEMA = ['''
@@ -424,6 +435,11 @@ create trigger titled_anew after update of title on conversation when old.title 
     insert into titled_index (rowid, text) values (new.rowid, spaced(new.title)); end;
 insert into said_index (said_index) values ('rebuild');
 insert into titled_index (titled_index) values ('rebuild');
+drop index message_by_parent;
+create index message_by_parent on message (conversation, parent);
+create table draft (owner text, conversation text, text text, at float, primary key (owner, conversation));
+create trigger draft_with_conversation after delete on conversation begin
+    delete from draft where conversation = old.id; end;
 ''']
 
 # Scripts that put no spaces between words: each of their letters is a word, and a run of them a phrase.
@@ -454,14 +470,11 @@ TITLES = '''select c.id as conversation, c.title, null as message, '' as role, c
 from titled_index join conversation c on c.rowid = titled_index.rowid
 where titled_index match :query and c.owner = :owner and c.trashed is null order by c.updated desc limit :limit'''
 
-JSON_COLUMNS = ('choices', 'blocks', 'meta')
+JSON_COLUMNS = ('choices', 'blocks', 'meta', 'siblings')
 
 def as_row(row: dict, kind):
     "A row as an object of its class: columns that hold JSON become what they stand for."
     return kind(**{name: json.loads(value) if name in JSON_COLUMNS else value for name, value in row.items()})
-
-def as_columns(told: dict) -> dict:
-    return {name: json.dumps(value) if name in JSON_COLUMNS else value for name, value in told.items()}
 
 def derived(*parts: str) -> str:
     "The id of a conversation that came from elsewhere: the same each time."
@@ -671,11 +684,12 @@ class Store:
         for name in ('said_index', 'titled_index'): db.execute(f"insert into {name} ({name}) values ('rebuild')")
 
     @reads
-    def path(self, db, owner, conversation, first=0, before=ENDLESS, last=None) -> tuple[Conversation, list[Message]]:
+    def path(self, db, owner, conversation, first=0, before=ENDLESS, last=None, reach=ENDLESS
+             ) -> tuple[Conversation, list[Message]]:
         """A conversation and the messages of its current path, from depth `first` on and `before` a depth; of these
-        only the `last` so many. Raises `Refused` 404."""
+        only the `last` so many, and more when it takes more to `reach` a depth. Raises `Refused` 404."""
         found = self._conversation(db, owner, conversation)
-        if last: first = max(first, min(before, self._row(db, found.leaf).idx + 1) - last)
+        if last: first = max(first, min(reach, min(before, self._row(db, found.leaf).idx + 1) - last))
         return found, self._path(db, owner, conversation, first, before)
 
     @reads
@@ -707,7 +721,7 @@ class Store:
         if not rows:
             here[None] = True  # all is new, the path that is shown too
             row = {name: value for name, value in told.items() if name not in ('messages', 'path')}
-            self._insert(db, 'conversation', owner=owner, seen=time.time(), **as_columns(row))
+            self._insert(db, 'conversation', owner=owner, seen=time.time(), **row)
         elif not placed:
             for row in db.q('select * from message where conversation = ? order by id desc', [told['id']]):
                 here.setdefault((row['parent'], row['role'], row['created']), []).append(row['id'])
@@ -715,7 +729,7 @@ class Store:
             parent = None if message['parent'] is None else placed[message['parent']]
             if same := here.get((parent, message['role'], message['created'])): placed.append(same.pop())
             else:
-                row = as_columns(message) | {'parent': parent, 'conversation': told['id'], 'owner': owner}
+                row = message | {'parent': parent, 'conversation': told['id'], 'owner': owner}
                 placed.append(self._insert(db, 'message', **row))
                 new += 1
             if new == 500: break
@@ -784,28 +798,85 @@ class Store:
     def know(self, db, name, value):
         db.execute('insert or replace into known values (?, ?, ?)', [name, json.dumps(value), time.time()])
 
+    @reads
+    def draft(self, db, owner, conversation='') -> str:
+        "What is typed and not sent, in a conversation or, for '', on the first page."
+        rows = db.q('select text from draft where owner = ? and conversation = ?', [owner, conversation])
+        return rows[0]['text'] if rows else ''
+
+    @writes
+    def keep_draft(self, db, owner, conversation, text, key):
+        "Keep a draft, or none for ''. What was sent with this key is none: it comes late. Raises `Refused` 404, 413."
+        if conversation: self._conversation(db, owner, conversation)
+        if len(text) > (most := self.limits.max_message_chars): raise Refused(413, f'{most:,} characters are allowed.')
+        if key and self._keyed(db, owner, conversation or None, key): return
+        self._drop_draft(db, owner, conversation)
+        if text: self._insert(db, 'draft', owner=owner, conversation=conversation, text=text, at=time.time())
+
     @writes_durably
-    def ask(self, db, owner, conversation, text, key, model, choices=None) -> tuple[Message, Message, bool]:
-        """Save a question and its empty reply, in a new conversation with `choices` if `conversation` is None.
+    def ask(self, db, owner, conversation, text, key, model, choices=None, after=None, instead=None
+            ) -> tuple[Message, Message, bool]:
+        """Save a question and its empty reply: in a new conversation with `choices` if `conversation` is None; at the
+        end of the path, where the page that sends it saw the message `after` (None: it does not say); or as a sibling
+        of the question `instead`.
 
         Returns both and whether they are new: the same `key` again finds what the first send saved.
-        Raises `Refused`: 404 no such conversation, 409 a reply is running or the key was used for another text."""
+        Raises `Refused`: 404 no such conversation or question, 409 a reply is running, the path ends elsewhere, or the
+        key was used for another text."""
         if sent := self._sent(db, owner, conversation, text, key): return *sent, False
         if shutil.disk_usage(self.file.parent).free < self.limits.min_free_bytes:  # else not even deleting would work
             raise Unusable('the disk is nearly full')
-        leaf = None
+        leaf, blocks = None, []
+        if after is not None: self._drop_draft(db, owner, conversation or '')
         if conversation is None: conversation = self._begin(db, owner, text, choices or {})
         else: leaf = self._free_leaf(db, owner, conversation, text)
-        question = self._add(db, owner, conversation, leaf, 'user', text, 'done', key=key)
+        if leaf and after and after != str(leaf.id): raise Refused(409, ELSEWHERE, text)
+        if instead is not None:
+            old = self._message(db, owner, conversation, instead, 'user')
+            leaf = old.parent and self._row(db, old.parent)
+            blocks = [block for block in old.blocks if block.get('type') != 'text']  # what was attached stays attached
+            if blocks: blocks.append({'type': 'text', 'text': text})
+        question = self._add(db, owner, conversation, leaf, 'user', text, 'done', key=key, blocks=blocks)
         reply = self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
         return question, reply, True
 
     @writes_durably
-    def retry(self, db, owner, conversation, model) -> tuple[Message, Message]:
-        "A new, empty reply to the last question, at the same depth; the old reply stays in the tree."
+    def retry(self, db, owner, conversation, model, at=None, key=None) -> tuple[Message, Message, bool]:
+        """A new, empty reply beside the reply `at` or to the question `at`, by default the last; what was there stays.
+        Returns its question, it, and whether it is new, as `ask` does. Raises `Refused` 404 and 409 likewise."""
+        reply = self._keyed(db, owner, conversation, key) if key else None
+        if reply and reply.role == 'assistant': return self._row(db, reply.parent), reply, False
         leaf = self._free_leaf(db, owner, conversation)
+        if at is not None: leaf = self._message(db, owner, conversation, at)
         question = leaf if leaf.role == 'user' else self._row(db, leaf.parent)
-        return question, self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
+        reply = self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model, key=key)
+        return question, reply, True
+
+    @writes
+    def switch(self, db, owner, conversation, message) -> int:
+        """Show the path through `message`, down to the newest that follows it; the path that is shown already stays as
+        it is. Returns its depth. Raises `Refused`: 404 no such message, 409 a reply is running on another path."""
+        self._conversation(db, owner, conversation)
+        chosen = self._message(db, owner, conversation, message)
+        if chosen.id not in [m.id for m in self._path(db, owner, conversation, chosen.idx, chosen.idx + 1)]:
+            self._free_leaf(db, owner, conversation)
+            db.execute(f'update conversation set leaf = ({NEWEST}) where id = :c', dict(m=chosen.id, c=conversation))
+        return chosen.idx
+
+    @writes_durably
+    def fork(self, db, owner, conversation, at) -> str:
+        """Copy the path that leads to the message `at` into a conversation of its own and return its id.
+        Raises `Refused`: 404 no such message, 409 it is still being written."""
+        old, last = self._conversation(db, owner, conversation), self._message(db, owner, conversation, at)
+        if last.status == RUNNING: raise Refused(409, STILL_WRITING)
+        new, now, leaf = secrets.token_urlsafe(12), time.time(), None
+        self._insert(db, 'conversation', **vars(old) | dict(id=new, created=now, updated=now, seen=now, pinned=None))
+        for each in self._path(db, owner, conversation, leaf=last.id):
+            row = vars(each) | dict(id=None, conversation=new, parent=leaf, key=None)
+            del row['siblings']
+            leaf = self._insert(db, 'message', **row)
+        db.execute('update conversation set leaf = ? where id = ?', [leaf, new])
+        return new
 
     @verb('writes')
     def save(self, db, pieces: list[Piece], ends: list[tuple[int, str, str, dict]]) -> list[Message]:
@@ -835,31 +906,43 @@ class Store:
         if not rows: raise Refused(404, 'There is no such conversation here.')
         return as_row(rows[0], Conversation)
 
-    def _path(self, db, owner, conversation, first=0, before=ENDLESS):
-        values = dict(owner=owner, conversation=conversation, first=first, before=before)
+    def _path(self, db, owner, conversation, first=0, before=ENDLESS, leaf=None):
+        values = dict(owner=owner, conversation=conversation, first=first, before=before, leaf=leaf)
         return [as_row(row, Message) for row in db.q(PATH, values)]
 
     def _row(self, db, id): return as_row(db.q('select * from message where id = ?', [id])[0], Message)
 
-    def _sent(self, db, owner, conversation, text, key):
-        if not key: return None
+    def _message(self, db, owner, conversation, id, role=''):
+        rows = db.q('select * from message where id = ? and conversation = ? and owner = ?', [id, conversation, owner])
+        if not rows or rows[0]['role'] not in (role or rows[0]['role']): raise Refused(404, NO_MESSAGE)
+        return as_row(rows[0], Message)
+
+    def _keyed(self, db, owner, conversation, key):
         where, value = ('parent is null and owner', owner) if conversation is None else ('conversation', conversation)
         rows = db.q(f'select * from message where {where} = ? and key = ? and owner = ?', [value, key, owner])
-        if not rows: return None
-        if rows[0]['content'] != text: raise Refused(409, 'This was sent already with another text.', text)
-        reply = db.q('select * from message where parent = ? order by id desc limit 1', [rows[0]['id']])[0]
-        return as_row(rows[0], Message), as_row(reply, Message)
+        return as_row(rows[0], Message) if rows else None
+
+    def _sent(self, db, owner, conversation, text, key):
+        if not key or not (question := self._keyed(db, owner, conversation, key)): return None
+        if question.content != text: raise Refused(409, 'This was sent already with another text.', text)
+        reply = db.q('select max(id) as id from message where conversation = ? and parent = ?',
+                     [question.conversation, question.id])[0]
+        return question, self._row(db, reply['id'])
+
+    def _drop_draft(self, db, owner, conversation):
+        db.execute('delete from draft where owner = ? and conversation = ?', [owner, conversation])
 
     def _begin(self, db, owner, text, choices):
         now, id = time.time(), secrets.token_urlsafe(12)
         title = in_a_line(text, self.limits.max_title_chars)
         self._insert(db, 'conversation', id=id, owner=owner, title=title, created=now, updated=now,
-                     choices=json.dumps(choices))
+                     choices=choices)
         return id
 
     def _free_leaf(self, db, owner, conversation, typed=''):
         leaf = self._row(db, self._conversation(db, owner, conversation).leaf)
-        if leaf.status == RUNNING: raise Refused(409, 'A reply is still being written: stop it or wait.', typed)
+        if db.q(f"select 1 from message where conversation = ? and status = '{RUNNING}'", [conversation]):
+            raise Refused(409, STILL_WRITING, typed)
         return leaf
 
     def _add(self, db, owner, conversation, parent, role, content, status, **more):
@@ -872,6 +955,7 @@ class Store:
         return Message(id=id, **row)
 
     def _insert(self, db, table, **row) -> int:
+        row = {name: json.dumps(value) if name in JSON_COLUMNS else value for name, value in row.items()}
         db.execute(f'insert into {table} ({", ".join(row)}) values (:{", :".join(row)})', row)
         return db.conn.last_insert_rowid()
 
@@ -899,7 +983,7 @@ if NOTEBOOK:
 
 # %%
 # what only means something in this database, or only now
-LOCAL = {'id', 'owner', 'conversation', 'key', 'parent', 'idx', 'leaf', 'trashed', 'seen'}
+LOCAL = {'id', 'owner', 'conversation', 'key', 'parent', 'idx', 'leaf', 'trashed', 'seen', 'siblings'}
 PORTABLE = {kind: [f for f in fields(kind) if f.name not in LOCAL] for kind in (Conversation, Message)}
 LONGEST_CONVERSATION, LONGEST_TABLE, LAST_DAY = 80_000_000, 20_000_000, 253_402_214_400  # characters, bytes, 9999-12-31
 CHOSEN = {'model': str, 'system': str, 'effort': str, 'thinking': str, 'max_tokens': int}
@@ -1877,32 +1961,37 @@ class Turns:
         if model.lifecycle != 'retired': return choices, model.id
         raise Refused(409, f'{model.name} is retired and answers no more: choose another model.', text)
 
-    async def ask(self, owner, conversation, text, key=None, choices=None) -> tuple[Message, Message]:
-        """Save a question and start the reply; `choices` are for a new conversation, by default those of the last.
+    async def ask(self, owner, conversation, text, key=None, choices=None, **place) -> tuple[Message, Message]:
+        """Save a question at its `place` (of Store.ask: after, instead) and start the reply; `choices` are for a new
+        conversation, by default those of the last.
         Raises `Refused` 422 blank, 413 too long, 429 too many, 503 stopping, and Store.ask's."""
         limit = self.settings.max_message_chars
         if not text.strip(): raise Refused(422, 'Write something first.', text)
         if len(text) > limit: raise Refused(413, f'This has {len(text):,} characters; {limit:,} are allowed.', text)
-        return await asyncio.shield(self._asked(owner, conversation, text, key, choices))
+        return await asyncio.shield(self._asked(owner, conversation, text, key, choices, place))
 
-    async def _asked(self, owner, conversation, text, key, choices):
+    async def _asked(self, owner, conversation, text, key, choices, place):
         "Shielded, so that a client that hangs up between the commit and the start leaves no reply without its task."
         if key and (before := await self.store.sent(owner, conversation, text, key)): return before
         choices, model = await self._chosen(owner, conversation, text, choices)
         with self._open_for(owner, text, conversation is None):
-            question, reply, new = await self.store.ask(owner, conversation, text, key, model, choices)
+            question, reply, new = await self.store.ask(owner, conversation, text, key, model, choices, **place)
             if new: self._start(reply)
             return question, reply
 
-    async def retry(self, owner, conversation) -> tuple[Message, Message]:
-        "A new reply to the last question. Raises `Refused` as `ask` does."
+    async def retry(self, owner, conversation, at=None, key=None) -> tuple[Message, Message]:
+        "A new reply beside the reply `at`, by default beside the last one. Raises `Refused` as `ask` does."
         async def retried():
             _, model = await self._chosen(owner, conversation, '')
             with self._open_for(owner):
-                question, reply = await self.store.retry(owner, conversation, model)
-                self._start(reply)
+                question, reply, new = await self.store.retry(owner, conversation, model, at, key)
+                if new: self._start(reply)
                 return question, reply
         return await asyncio.shield(retried())
+
+    async def fork(self, owner, conversation, at) -> str:
+        "The id of a new conversation that begins as this one did. Raises `Refused` 429, 503 and Store.fork's."
+        with self._open_for(owner, begins=True): return await self.store.fork(owner, conversation, at)
 
     @contextlib.contextmanager
     def _open_for(self, owner, text='', begins=False):
@@ -2544,24 +2633,61 @@ def State(message, notice=''):
     words = f'{ENDS.get(message.status, "")} {message.note}'.strip() if message.status != RUNNING else notice
     return Footer(P(words, role='status' if notice else None) if words else None,
                   StopForm(message) if message.status == RUNNING else None,
-                  RetryForm(message) if message.status in ENDS else None,
+                  RetryForm(message, data_action='Retry the last answer') if message.status in ENDS else
+                  RetryForm(message, 'Answer') if message.role == 'user' else None,  # seen when nothing follows
                   id=f'state-{message.idx}', cls='state', data_status=message.status)
 
 def StopForm(message):
     action = stop.to(conversation_id=message.conversation)
     return Form(Button('Stop', cls='quiet'), id='stop', method='post', action=action, hx_post=action, hx_swap='none')
 
-def RetryForm(message):
-    action = retry.to(conversation_id=message.conversation)
-    return Form(Button('Retry', cls='quiet', data_action='Retry the last answer'), cls='retry', method='post',
-                action=action, hx_post=action, hx_target=f'#msg-{message.idx}', hx_swap='outerHTML',
-                hx_disabled_elt='find button')
+def Step(action, message, *content, **attrs):
+    "A form under a message. It is answered by the path from there on, or by the page."
+    return Form(*content, method='post', action=action, hx_post=action, hx_target=f'#msg-{message.idx}',
+                hx_swap='outerHTML', **attrs)
+
+def RetryForm(message, words='Retry', **attrs):
+    return Step(retry.to(conversation_id=message.conversation), message,
+                Button(words, name='at', value=message.id, cls='quiet', **attrs), Key(id=None),
+                cls='retry', hx_disabled_elt='find button')
+
+def Walk(message):
+    "The way to the other versions of a message, in a circle."
+    versions, n = message.siblings, message.siblings.index(message.id)
+    def Way(sign, words, other):
+        return Button(Span(sign, aria_hidden='true'), Unseen(f'{words} version, {n + 1} of {len(versions)} is shown'),
+                      id=f'{words}-{message.idx}', name='message', value=other, cls='quiet')  # htmx keeps focus by id
+    return Step(choose_branch.to(conversation_id=message.conversation), message,
+                Way('‹', 'Previous', versions[n - 1]), f'{n + 1}/{len(versions)}',
+                Way('›', 'Next', versions[(n + 1) % len(versions)]), cls='walk', role='group', aria_label='Versions')
+
+def Editor(message):
+    "A question that is being changed, at its place."
+    back = fragment.to(conversation_id=message.conversation, idx=message.idx)
+    return Article(
+        H2('You', cls='unseen'),
+        Step(edit.to(conversation_id=message.conversation), message,
+             Input(type='hidden', name='at', value=message.id), Key(id=None),
+             Div(Textarea('\n' + message.content, name='message', rows=2, autofocus=True, autocomplete='off',
+                          aria_label='Your question'),
+                 Button(Icon('send'), Unseen('Send the changed question'), cls='send round'), cls='field'),
+             A('Cancel', href=back, hx_get=back, hx_target=f'#msg-{message.idx}', hx_swap='outerHTML',
+               cls='cancel quiet'), cls='edit'),
+        id=f'msg-{message.idx}', cls='message', data_role='user')
 
 def Actions(message):
     "What can be done with any message. The link leads to its exact Markdown; the script copies that instead."
     when = time.strftime('%Y-%m-%dT%H:%MZ', time.gmtime(message.created))
-    return Div(A('Copy', Unseen(' this message as Markdown'), cls='copy quiet',
-                 href=as_written.to(conversation_id=message.conversation, idx=message.idx)),
+    here, theirs = dict(conversation_id=message.conversation), message.role == 'assistant'
+    change = f'{show.to(**here)}?from={message.idx}&edit={message.id}'
+    return Div(Walk(message) if len(message.siblings) > 1 else None,
+               A('Copy', Unseen(' this message as Markdown'), cls='copy quiet',
+                 href=as_written.to(**here, idx=message.idx)),
+               RetryForm(message, 'Regenerate') if theirs else
+               A('Edit', Unseen(' this question'), cls='change quiet', href=f'{change}#msg-{message.idx}',
+                 hx_get=change, hx_target=f'#msg-{message.idx}', hx_swap='outerHTML'),
+               Form(Button('Fork', Unseen(' the conversation here'), name='at', value=message.id, cls='quiet'),
+                    method='post', action=fork.to(**here), cls='fork'),
                Span(message.model, cls='by'), Time(when.translate({84: ' ', 90: ' UTC'}), datetime=when), cls='actions')
 
 def Bubble(message, shown, notice='', **live):
@@ -2690,7 +2816,8 @@ class Shelf:
         if message.status != RUNNING: self.put(message.id, html)
         return html
 
-def Key(**attrs): return Input(type='hidden', id='key', name='key', value=secrets.token_urlsafe(12), **attrs)
+def Key(id='key', **attrs): return Input(type='hidden', id=id, name='key', value=secrets.token_urlsafe(12), **attrs)
+def After(id, **attrs): return Input(type='hidden', id='after', name='after', value=id or '', **attrs)
 
 @dataclass(frozen=True)
 class Setup:
@@ -2780,11 +2907,13 @@ def Opener(setup, **attrs):
                       title='Model and settings of this conversation', data_action='Settings of this conversation'),
                id='opener', **attrs)
 
-def Composer(typed='', notice='', to='', setup=None):
+def Composer(typed='', notice='', to='', setup=None, after=None, at=None):
     """Where one writes. It posts to the page's own address, so a first question and a later one are the same form;
-    `to` is for a page that stands at another one."""
+    `to` is for a page that stands at another one. `after` is the message that the next question follows; `at` the one
+    that it replaces, on a page that says why it did not."""
     return Form(
-        Label('Message', _for='message', cls='unseen'), Key(),
+        Label('Message', _for='message', cls='unseen'), Key(), After(after),
+        Input(type='hidden', name='at', value=at) if at else None,
         Div(Textarea('\n' + typed, id='message', name='message', rows=1, placeholder='Ask Claude', autocomplete='off'),
             Button(Icon('send'), Unseen('Send'), cls='send round', title='Send (Enter)'),
             Button(Icon('stop'), Unseen('Stop'), form='stop', cls='stop round', title='Stop (Esc)',
@@ -2896,8 +3025,7 @@ def Dialogs():
                    Dl(*[Div(Dt(Kbd(key)), Dd(what)) for key, what in KEYS]),
                    id='keys', closedby='any', aria_labelledby='keys-title'))
 
-def Page(title, conversations, *content, look, current=None, running=False, demo=False, typed='', notice='',
-         to='', setup=None):
+def Page(title, conversations, *content, look, current=None, running=False, demo=False, setup=None, **composer):
     "A whole page. Without JavaScript it loads itself again while a reply runs. `look`: see `look_of`."
     config = {'includeIndicatorStyles': False, 'allowEval': False, 'allowScriptTags': False, 'historyCacheSize': 0,
               'refreshOnHistoryMiss': True, 'selfRequestsOnly': True, 'responseHandling': [
@@ -2917,7 +3045,7 @@ def Page(title, conversations, *content, look, current=None, running=False, demo
     return Html(head, Body(
         A('To the message box', href='#message', cls='skip unseen'), Bar(title, look, current, demo),
         Sidebar(conversations, look, current), Main(
-            Div(*content, id='messages'), Composer(typed, notice, to, setup), Panel(setup) if setup else None),
+            Div(*content, id='messages'), Composer(setup=setup, **composer), Panel(setup) if setup else None),
         *Dialogs(), P(id='said', role='status', cls='unseen')),
         lang='en', data_theme=look['theme'], data_sidebar=look['sidebar'])
 
@@ -3053,15 +3181,21 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .message[data-role=user] .content { width: fit-content; max-width: 100%; padding: .625rem 1rem;
   border-radius: .875rem; background: var(--card); font: var(--small)/1.6 var(--ui); }
 .actions { display: flex; align-items: center; gap: .5rem; min-height: 1.75rem; margin-left: -.5rem;
-  color: var(--soft); font-size: var(--tiny); opacity: 0; transition: opacity var(--quick); }
-.message:is(:hover, :focus-within) .actions { opacity: 1; }
+  color: var(--soft); font-size: var(--tiny); }
+.actions > :not(.walk) { opacity: 0; transition: opacity var(--quick); }
+.message:is(:hover, :focus-within) .actions > :not(.walk) { opacity: 1; }
+.walk { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.edit textarea { scroll-margin: calc(var(--top) + .5rem); } .edit .cancel { display: inline-block; margin-top: .25rem; }
+body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) { visibility: hidden; }
+.message:last-of-type:has(.state .retry) .actions .retry { display: none; }
+.message:target { box-shadow: -1rem 0 var(--page), calc(-1rem - 2px) 0 var(--accent); }
 .state { color: var(--soft); font-family: var(--ui); display: flex; flex-wrap: wrap; align-items: center;
   gap: .25rem .75rem; }
 .state p { margin: .5rem 0; padding-left: .75rem; border-left: 2px solid var(--accent); }
 .state .quiet { border: 1px solid var(--edge); color: var(--ink); padding: .25rem .75rem; }
 .state #stop { display: none; }
 @media (scripting: none) { .state #stop { display: block; } }
-.message:not(:last-of-type) .retry { display: none; }
+.message:not(:last-of-type) .state .retry { display: none; }
 /* at work: a quiet pulse, then a caret where the text ends */
 [data-status=streaming]:not(:has(.state p)) :is(.content:empty, [id^=tail-]:only-child:empty)::after {
   content: 'Claude is thinking'; color: var(--soft); font: var(--small)/1.6 var(--ui);
@@ -3121,8 +3255,8 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .field { display: flex; align-items: end; gap: .25rem; padding: .25rem; border: 1px solid var(--edge);
   border-radius: 1.375rem; transition: border-color var(--quick), background-color var(--quick); }
 .field:focus-within { border-color: var(--accent); background: var(--card); }
-#message { flex: 1; min-width: 0; padding: .375rem .75rem; border: 0; outline: 0; resize: none; max-height: 40dvh;
-  background: none; font: 1rem/1.5 var(--ui); field-sizing: content; }
+.field textarea { flex: 1; min-width: 0; padding: .375rem .75rem; border: 0; outline: 0; resize: none;
+  max-height: 40dvh; background: none; font: 1rem/1.5 var(--ui); field-sizing: content; }
 ::placeholder { color: var(--soft); opacity: 1; }
 .send, .stop, :is(.send, .stop):hover { color: var(--on-accent); background: var(--accent); }
 .stop, body:has(.message[data-status=streaming]) .send { display: none; }
@@ -3208,14 +3342,14 @@ mark { color: var(--accent); background: none; font-weight: 600; }
   #sidebar:not(:popover-open) { display: none; }
   main { padding: 0 1rem; }
 }
-@media (hover: none) { .actions { opacity: 1; } }
+@media (hover: none) { .actions > :not(.walk) { opacity: 1; } }
 @media (pointer: coarse) {
   :root { --top: 3.5rem; }
   .round { width: 2.75rem; height: 2.75rem; }
   #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
     align-content: center; }
   #fields :is(select, input) { min-height: 2.75rem; font-size: 1rem; } #fields textarea { font-size: 1rem; }
-  #message { padding-block: .625rem; } .find kbd { display: none; }
+  .field textarea { padding-block: .625rem; } .find kbd { display: none; }
 }
 /* Signing in */
 body:has(> #login) { display: grid; grid-template: 1fr / 1fr; place-items: center; padding: 1rem; }
@@ -3359,7 +3493,10 @@ addEventListener('pagehide', () => {
   if (pinned || !seen) sessionStorage.removeItem(place());
   else sessionStorage.setItem(place(), JSON.stringify([seen.id, seen.getBoundingClientRect().top]));
 });
-function arrive() {
+function arrive() { // where a link leads, else where one was
+  const [visit] = performance.getEntriesByType('navigation'), hit = document.getElementById(location.hash.slice(1));
+  pinned = !hit || visit.type !== 'navigate';
+  if (!pinned) return hit.scrollIntoView();
   const [id, top] = JSON.parse(sessionStorage.getItem(place())) || [], seen = id && $('#' + id);
   if (!seen) return toEnd();
   pinned = false;
@@ -3428,24 +3565,43 @@ on('submit', e => {
   for (const meta of $$('meta[name=theme-color]')) meta.content = getComputedStyle(document.body).backgroundColor;
 });
 
-// The composer: empties only when the server has the message; a draft survives a reload.
+// The composer: empties only when the server has the message. What is typed is kept there too, soon after each letter.
 const composer = $('#composer'), box = $('#message');
-const draft = () => 'draft:' + location.pathname;
-let sent = null;
+let sent = null, unsaved = 0, saving = false;
 const sized = CSS.supports('field-sizing: content');
-const grow = () => { if (!sized) box.rows = Math.min(12, box.value.split('\n').length); };
+const grow = (area = box) => { if (!sized) area.rows = Math.min(12, area.value.split('\n').length); };
 const write = text => { box.value = text; grow(); };
-if (!box.value) write(localStorage.getItem(draft()) || '');
-box.addEventListener('input', () => {
-  grow();
-  box.value ? localStorage.setItem(draft(), box.value) : localStorage.removeItem(draft());
+const draft = () => new URLSearchParams({
+  conversation: location.pathname.match(/^\/c\/([^/]+)/)?.[1] || '', message: box.value, key: $('#key').value });
+async function save() {
+  const text = box.value;
+  saving = true;
+  const got = await fetch('/draft', { method: 'POST', body: draft() }).catch(() => null);
+  saving = false;
+  unsaved = 0;
+  if (text !== box.value) later();
+  else if (!(got?.status < 500)) later(5000);
+}
+function later(wait = 600) { if (!saving) unsaved ||= setTimeout(save, wait); }
+addEventListener('pagehide', () => { // a reload may come back before this has arrived: it finds the text in the tab
+  if (!unsaved || sent) return;
+  navigator.sendBeacon('/draft', draft());
+  sessionStorage.setItem('draft:' + location.pathname, box.value);
 });
-box.addEventListener('keydown', e => {
-  if (e.isComposing || e.keyCode === 229) return;
-  if (e.key === 'ArrowUp' && !box.value) recall(e);
+const kept = sessionStorage.getItem('draft:' + location.pathname);
+sessionStorage.removeItem('draft:' + location.pathname);
+if (kept !== null && !$('#notice').textContent) { write(kept); later(); }
+on('input', e => {
+  if (!e.target.matches('#message, .edit textarea')) return;
+  grow(e.target);
+  if (e.target === box) later();
+});
+on('keydown', e => {
+  if (e.isComposing || e.keyCode === 229 || !e.target.matches('#message, .edit textarea')) return;
+  if (e.key === 'ArrowUp' && !box.value && e.target === box) recall(e);
   if (e.key !== 'Enter' || e.shiftKey) return;
   e.preventDefault();
-  if (box.value.trim()) composer.requestSubmit($('.send'));
+  if (e.target.value.trim()) e.target.form.requestSubmit();
 });
 async function recall(e) {
   const link = $$('[data-role=user] .copy').at(-1);
@@ -3454,23 +3610,21 @@ async function recall(e) {
   const text = new TextDecoder().decode(await written(link));
   if (!box.value) write(text);
 }
-composer.addEventListener('htmx:beforeRequest', e => {
-  if (!box.value.trim()) return e.preventDefault();
-  sent = { draft: draft(), text: box.value };
-  $('#notice').textContent = '';
-  pinned = true;
+on('htmx:beforeRequest', e => {
+  const text = $('#message, .edit textarea', e.target)?.value;
+  if (text !== undefined && !text.trim()) return e.preventDefault();
+  if (e.target.matches('form')) $('#notice').textContent = '';
+  if (e.target === composer) sent = { text };
+  if (text !== undefined) pinned = true;
+  if (e.target.matches('.walk')) pinned = false;
 });
-on('htmx:beforeSwap', e => { // another tab was faster, or this was sent before: show the truth
-  if (e.detail.requestConfig.elt !== composer) return;
-  const first = Number(e.detail.xhr.responseText.match(/id="msg-(\d+)"/)?.[1] ?? -1);
-  if (e.detail.xhr.status >= 400 || first < 0) return;
-  if (!$('#msg-' + first) && (first === 0 || $('#msg-' + (first - 1)))) return;
-  e.detail.shouldSwap = false;
-  emptied();
-  location.assign(location.pathname);
+on('htmx:beforeSwap', e => { // a change of branch is answered by all that follows: it takes the place of what did
+  const { target, requestConfig } = e.detail;
+  if (!target.matches('.message') || requestConfig.verb !== 'post') return;
+  for (const later of $$(`#${target.id} ~ .message`)) later.remove();
 });
 composer.addEventListener('htmx:afterRequest', e => {
-  if (e.detail.xhr.status < 200 || e.detail.xhr.status >= 300) return;
+  if (e.detail.xhr.status < 200 || e.detail.xhr.status >= 300) return sent = null;
   emptied();
   const reply = $$('.message').at(-1);
   if (reply && reply.dataset.status !== 'streaming') over(reply); // it was over before it could be shown
@@ -3480,9 +3634,9 @@ composer.addEventListener('htmx:sendError', () => {
 });
 function emptied() {
   if (!sent) return;
-  localStorage.removeItem(sent.draft);
   write(box.value.startsWith(sent.text) ? box.value.slice(sent.text.length) : box.value);
   sent = null;
+  if (box.value) later();
   toEnd();
 }
 
@@ -3549,6 +3703,7 @@ on('keydown', e => {
   if (e.isComposing) return;
   const writing = e.target.matches('input, textarea, [contenteditable]'), open = $('dialog[open], :popover-open');
   if (e.key === 'Enter' && e.target.matches('#panel input')) e.preventDefault(); // it would send the message
+  else if (e.key === 'Escape' && e.target.closest('.edit')) $('.cancel', e.target.closest('.edit')).click();
   else if (e.key === 'Escape' && !open) $('#stop')?.requestSubmit();
   else if (e.key === 'Enter' && e.target.matches('.image')) e.target.click();
   else if ((e.ctrlKey || e.metaKey) && e.key.toLowerCase() === 'k') {
@@ -3884,7 +4039,9 @@ async def bubble(req, message, make=Reply):
         message = await parley(req).store.message(owner(req), message.conversation, message.idx)
     return make(message, await parley(req).shelf.content(message))
 
-async def transcript(req, path): return Transcript(path, [await bubble(req, message) for message in path])
+async def transcript(req, path, edit=None):
+    return Transcript(path, [Editor(m) if str(m.id) == edit and m.role == 'user' else await bubble(req, m)
+                             for m in path])
 
 LOOKS = {'theme': ('auto', 'light', 'dark'), 'sidebar': ('open', 'closed')}  # the first of each is the default
 
@@ -3894,15 +4051,26 @@ def look_of(req):
     looks = {name: said[name] if said[name] in known else known[0] for name, known in LOOKS.items()}
     return looks | {'here': req.url.path, 'locked': parley(req).settings.locked}
 
-async def page(req, title='Parley', *content, status=200, **more):
-    conversations, demo = await parley(req).store.conversations(owner(req)), parley(req).settings.demo
-    return FtResponse(Page(title, conversations, *content, look=look_of(req), demo=demo, **more), status)
+async def page(req, title='Parley', *content, status=200, current=None, **more):
+    store, demo = parley(req).store, parley(req).settings.demo
+    conversations, typed = await store.conversations(owner(req)), await store.draft(owner(req), current or '')
+    return FtResponse(Page(title, conversations, *content, look=look_of(req), demo=demo, current=current,
+                           **{'typed': typed} | more), status)
 
 async def sent(req, question, reply, *more):
     "Answer a send: the two bubbles as a fragment, or the way to the conversation."
     place = show.to(conversation_id=reply.conversation)
     if not by_htmx(req): return RedirectResponse(place, 303)
-    return (await bubble(req, question), await bubble(req, reply), Key(hx_swap_oob='true'), *more)
+    return (await bubble(req, question), await bubble(req, reply), *following(reply), *more)
+
+def following(message): return Key(hx_swap_oob='true'), After(message.id, hx_swap_oob='true')
+
+async def branch(req, conversation, idx):
+    "Answer a change of branch: the path from depth `idx` on in place of what was there, or the page at that message."
+    if not by_htmx(req):
+        return RedirectResponse(f'{show.to(conversation_id=conversation)}?from={idx}#msg-{idx}', 303)
+    _, path = await parley(req).store.path(owner(req), conversation, idx)
+    return (*[await bubble(req, m) for m in path], *following(path[-1]))
 
 async def setup_of(req, conversation=None, choices=None, said='') -> Setup:
     "What is and what can be chosen for a conversation, or for one that has not begun."
@@ -3923,7 +4091,8 @@ async def home(req):
 async def begin(req):
     form, here = await form_of(req), parley(req)
     choices = choices_in(req, form) if 'model' in form else None
-    question, reply = await here.turns.ask(owner(req), None, form.get('message', ''), form.get('key') or None, choices)
+    question, reply = await here.turns.ask(owner(req), None, form.get('message', ''), form.get('key') or None, choices,
+                                           after=form.get('after'))
     conversation, _ = await parley(req).store.path(owner(req), reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
     return await sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
@@ -3953,41 +4122,73 @@ async def as_markdown(req, conversation_id: str):
 
 SHOWN = 30  # messages on a page; older ones are loaded as the reader scrolls up
 
+def depth(req, name):
+    said = req.query_params.get(name, '')
+    return int(said) if said.isdecimal() and len(said) < 9 else ENDLESS
+
 @rt.get('/c/{conversation_id}')
 async def show(req, conversation_id: str): return await shown(req, conversation_id)
 
 async def shown(req, conversation_id, **more):
-    "The end of a conversation, or with `?before=` a depth what comes before that."
-    before = req.query_params.get('before', '')
-    before = int(before) if before.isdecimal() and len(before) < 9 else ENDLESS
-    conversation, path = await parley(req).store.path(owner(req), conversation_id, before=before, last=SHOWN)
+    """The end of a conversation, from `?from=` a depth on if that is more, or what comes before `?before=` a depth;
+    `?edit=` is the id of a question to be changed."""
+    before, edit = depth(req, 'before'), req.query_params.get('edit')
+    conversation, path = await parley(req).store.path(owner(req), conversation_id, before=before, last=SHOWN,
+                                                      reach=depth(req, 'from') - 2)
+    if by_htmx(req) and edit:
+        if question := next((m for m in path if str(m.id) == edit and m.role == 'user'), None): return Editor(question)
+        raise Refused(409, 'Another version of this is shown by now: load the page again.')
     if by_htmx(req) and before < ENDLESS: return await transcript(req, path)
     later = A('To the end of the conversation', href=req.url.path, cls='quiet') if before < ENDLESS else None
     setup = more.pop('setup', None) or await setup_of(req, conversation.id, conversation.choices)
-    return await page(req, conversation.title, *await transcript(req, path), later, current=conversation.id,
-                      running=bool(path) and path[-1].status == RUNNING, setup=setup, **more)
+    return await page(req, conversation.title, *await transcript(req, path, edit), later, current=conversation.id,
+                      running=bool(path) and path[-1].status == RUNNING, after=conversation.leaf, setup=setup,
+                      **more)
 
 @rt.get('/c/{conversation_id}/{idx}.md')
 async def as_written(req, conversation_id: str, idx: int):
     "One message, to the letter; shown as text, not downloaded, so that without a script it can be copied too."
     message = await parley(req).store.message(owner(req), conversation_id, idx)
-    if not message: raise Refused(404, 'There is no such message here.')
+    if not message: raise Refused(404, NO_MESSAGE)
     return PlainTextResponse(message.content)
 
 @rt.get('/c/{conversation_id}/{idx}')
 async def fragment(req, conversation_id: str, idx: int):
     "One message by itself, for a bubble that polls."
     message = await parley(req).store.message(owner(req), conversation_id, idx)
-    if not message: raise Refused(404, 'There is no such message here.')
+    if not message: raise Refused(404, NO_MESSAGE)
     if not by_htmx(req): return RedirectResponse(f'{show.to(conversation_id=conversation_id)}#msg-{idx}', 303)
     return await bubble(req, message, PollingBubble if message.status == RUNNING else Bubble)
 
 @rt.post('/c/{conversation_id}')
 async def ask(req, conversation_id: str):
-    form = await form_of(req)
-    text, key = form.get('message', ''), form.get('key') or None
+    form, here = await form_of(req), parley(req)
     if 'model' in form and not by_htmx(req): await keep(req, form, conversation_id)  # else each was kept as it changed
-    return await sent(req, *await parley(req).turns.ask(owner(req), conversation_id, text, key))
+    try: return await sent(req, *await here.turns.ask(owner(req), conversation_id, form.get('message', ''),
+                                                      form.get('key') or None, after=form.get('after')))
+    except Refused as no:
+        if no.words != ELSEWHERE or not by_htmx(req): raise
+        _, path = await here.store.path(owner(req), conversation_id, last=SHOWN)
+        return FtResponse((Span(no.words), Div(*await transcript(req, path), id='messages', hx_swap_oob='innerHTML'),
+                           *following(path[-1])), 409)
+
+@rt.post('/c/{conversation_id}/edit')
+async def edit(req, conversation_id: str):
+    "Ask another question in place of `at`, which stays beside it."
+    form = await form_of(req)
+    question, _ = await parley(req).turns.ask(owner(req), conversation_id, form.get('message', ''),
+                                              form.get('key') or None, instead=form.get('at', ''))
+    return await branch(req, conversation_id, question.idx)
+
+@rt.post('/c/{conversation_id}/choose')
+async def choose_branch(req, conversation_id: str):
+    message = (await form_of(req)).get('message')
+    return await branch(req, conversation_id, await parley(req).store.switch(owner(req), conversation_id, message))
+
+@rt.post('/c/{conversation_id}/fork')
+async def fork(req, conversation_id: str):
+    copy = await parley(req).turns.fork(owner(req), conversation_id, (await form_of(req)).get('at'))
+    return RedirectResponse(show.to(conversation_id=copy), 303)
 
 @rt.post('/c/{conversation_id}/stop')
 async def stop(req, conversation_id: str):
@@ -4032,8 +4233,16 @@ async def chosen(req, conversation=None):
 
 @rt.post('/c/{conversation_id}/retry')
 async def retry(req, conversation_id: str):
-    question, reply = await parley(req).turns.retry(owner(req), conversation_id)
-    return await bubble(req, reply) if by_htmx(req) else RedirectResponse(show.to(conversation_id=conversation_id), 303)
+    form = await form_of(req)
+    asked, reply = await parley(req).turns.retry(owner(req), conversation_id, form.get('at'), form.get('key') or None)
+    return await branch(req, conversation_id, asked.idx if form.get('at') == str(asked.id) else reply.idx)
+
+@rt.post('/draft')
+async def keep_draft(req):
+    form = await form_of(req)
+    said = [form.get(name, '') for name in ('conversation', 'message', 'key')]
+    await parley(req).store.keep_draft(owner(req), *said)
+    return Response(status_code=204)
 
 @rt.get('/data')
 async def your_data(req):
@@ -4157,16 +4366,17 @@ async def refused(req, error):
     headers = {'retry-after': str(error.retry_after)} if error.retry_after else None
     if req.url.path.endswith('.json'): return JSONResponse({'error': error.words}, error.status, headers)
     if by_htmx(req): return PlainTextResponse(error.words, error.status, headers)
-    typed = error.typed
-    if req.method == 'POST' and not typed:
+    typed, form = error.typed, {}
+    if req.method == 'POST':
         with contextlib.suppress(Refused, HTTPException, RuntimeError):  # the body may have been read by half
-            typed = (await form_of(req)).get('message', '')
+            form = await form_of(req)
+    typed = typed or form.get('message', '')
     listed = []
     with contextlib.suppress(Unusable): listed = await parley(req).store.conversations(owner(req))
     words = None if typed else Div(H2(error.words), P(A('A new conversation', href='/')), id='empty')
     notice = error.words if typed else ''  # beside the text that is still there, or in the middle of an empty page
-    return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice)),
-                        error.status, headers)
+    return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice,
+                                    at=form.get('at'))), error.status, headers)
 
 # %%
 if NOTEBOOK:

@@ -35,6 +35,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -352,6 +353,12 @@ class Tab:
         self.code = 1006
 
 def plain(text): return ' '.join(text.split())
+def named(html, name): return Page(html).root.all(lambda n: n.attrs.get('name') == name)
+def versions(chat, idx): return named_in(chat, idx, 'message')
+def named_in(chat, idx, name):
+    return [n.attrs['value'] for n in Page(chat.page()).root.find(f'msg-{idx}').all(lambda n: n.attrs.get('name') == name)]
+def id_of(chat, idx): return named_in(chat, idx, 'at')[-1]
+def sibling(chat, idx): return named_in(chat, idx, 'message')[0]
 def bubbles(html): return Page(html).root.all(lambda n: n.attrs.get('data-role'))
 def a_sentence(answer): return re.search(r'\w+ \w+ \w+', Page(answer.text).root.text)
 
@@ -1525,6 +1532,176 @@ def test_retry_writes_a_new_reply_at_the_same_index_and_deletes_nothing(site, me
     saved = rows(site.db, f"select content from message where conversation='{chat.id}' and idx=1 order by rowid")
     assert saved == [['half'], ['whole']]
     assert upstream.called(question)[1].body['messages'] == upstream.called(question)[0].body['messages']
+
+def test_an_edit_and_a_new_answer_stand_beside_the_old_ones_and_the_path_decides(site, me, upstream):
+    chat = me.ask(upstream.says('one'))
+    chat.ended(), chat.say(old := upstream.says('two')).ended()
+    ids = [node.attrs['value'] for node in named(chat.page(), 'at')]            # of Regenerate, Fork, Answer
+    def branch(path, idx, **form):
+        answer = chat.post(path, **form)
+        assert answer.status_code == 200, answer.text
+        assert [n.attrs['id'] for n in bubbles(answer.text)] == [f'msg-{n}' for n in range(idx, len(chat.messages))]
+        return answer.text
+    def texts(): return [m['content'] for m in chat.messages]
+    asked = branch('/edit', 2, message=(new := upstream.says('three')), at=id_of(chat, 2), key='key-e')
+    assert chat.ended()['content'] == 'three' and upstream.called(new)[0].questions == [texts()[0], new]
+    assert branch('/edit', 2, message=new, at=id_of(chat, 2), key='key-e') and len(upstream.called(new)) == 1
+    assert '2 of 2' in plain(Page(asked).root.text) and texts()[1:] == ['one', new, 'three']
+    assert chat.post('/edit', message='another', at=ids[0], key='key-e').status_code == 409
+    branch('/choose', 2, message=sibling(chat, 2))
+    assert texts()[1:] == ['one', old, 'two'] and old in me.get(f'/c/{chat.id}.md').text
+    for _ in range(2): branch('/retry', 1, at=id_of(chat, 1), key='key-r'), chat.ended()
+    assert len(texts()) == 2 and len(upstream.called(texts()[0])) == 2
+    chat.say(more := upstream.says('four')).ended()
+    assert upstream.called(more)[0].questions == [texts()[0], more]
+    kept = rows(site.db, f"select count(*), max(idx) from message where conversation='{chat.id}'")
+    assert kept == [[9, 3]]
+    branch('/choose', 1, message=sibling(chat, 1))
+    assert texts()[1:] == ['one', new, 'three'] and len(versions(chat, 1)) == 2, 'the newest of what follows'
+
+def test_a_fork_is_a_conversation_of_its_own(me, upstream):
+    chat = me.ask(upstream.says('one'))
+    chat.ended(), chat.say(upstream.says('two')).ended()
+    answer = chat.post('/fork', htmx=False, at=id_of(chat, 1))
+    fork = Chat(me, answer.headers['location'].rpartition('/')[2], '')
+    assert fork.id != chat.id and fork.messages == chat.messages[:2]
+    fork.say(question := upstream.says('three')).ended()
+    assert upstream.called(question)[0].questions == [fork.messages[0]['content'], question]
+    assert len(chat.messages) == 4 and chat.messages[:2] == fork.messages[:2]
+    answer = chat.post('/fork', htmx=False, at=id_of(chat, 2))          # at a question: it can be answered there
+    fork = Chat(me, answer.headers['location'].rpartition('/')[2], '')
+    fork.html = fork.post('/retry', at=id_of(fork, 2)).text
+    assert [n.attrs['id'] for n in bubbles(fork.html)] == ['msg-2', 'msg-3'] and fork.ended()['content'] == 'two'
+
+def test_while_a_reply_runs_its_conversation_shows_no_other_branch(me, upstream):
+    chat = me.ask(upstream.says('one'))
+    chat.ended(), chat.retry().ended()
+    other, here = sibling(chat, 1), id_of(chat, 1)
+    chat.say(upstream.says('half ', HANG))
+    for path, form in [('/choose', {'message': other}), ('/edit', {'at': id_of(chat, 0), 'message': 'words'}),
+                       ('/retry', {'at': here}), ('/fork', {'at': id_of(chat, 3)})]:
+        refused = chat.post(path, **form)
+        assert refused.status_code == 409 and 'still being written' in refused.text, path
+    assert chat.post('/choose', message=here).status_code == 200        # it is shown already
+    assert chat.post('/fork', htmx=False, at=here).status_code == 303
+    chat.stop()
+
+def test_a_question_says_what_it_follows_and_a_tab_that_is_behind_is_shown_the_rest(me, upstream):
+    chat = me.ask(upstream.says('one'))
+    chat.ended()
+    seen = Page(chat.page()).root.find('after').attrs['value']
+    chat.say(upstream.says('two'), after=seen).ended()
+    refused = chat.post(message='typed', after=seen)
+    assert refused.status_code == 409 and 'two' in refused.text and len(chat.messages) == 4
+    typed = Page(chat.post(htmx=False, message='typed', after=seen).text).root.find('message')
+    assert typed.text.strip() == 'typed'
+    after = Page(refused.text).root.find('after').attrs['value']
+    assert chat.post(message=upstream.says('three'), after=after).status_code == 200
+    chat.ended()
+
+@pytest.mark.parametrize('path, field', [('/edit', 'at'), ('/retry', 'at'), ('/fork', 'at'), ('/choose', 'message')])
+def test_a_message_of_another_conversation_is_404(me, upstream, path, field):
+    chat, other = me.ask(upstream.says('one')), me.ask(upstream.says('two'))
+    chat.ended(), other.ended()
+    for at in (id_of(other, 0), '', 'x', '9' * 30):
+        assert chat.post(path, **{'message': 'words', field: at}).status_code == 404, at
+    assert len(chat.messages) == 2
+
+def test_a_draft_is_kept_until_it_is_sent_and_never_comes_back(me, upstream):
+    chat = me.ask(upstream.says('one'))
+    chat.ended()
+    def typed(path): return Page(me.get(path).text).root.find('message').text[1:]
+    def keep(words, key, conversation=chat.id): return me.post('/draft', conversation=conversation, message=words, key=key)
+    assert keep('half a\n <b>thought', 'key-1').status_code == keep('first', 'key-0', '').status_code == 204
+    assert typed(f'/c/{chat.id}') == 'half a\n <b>thought' and typed('/') == 'first'
+    chat.say(question := upstream.says('two'), key='key-1', after='').ended()
+    assert typed(f'/c/{chat.id}') == '' and typed('/') == 'first'
+    keep(question, 'key-1'), keep('next', 'key-2')
+    assert typed(f'/c/{chat.id}') == 'next' and keep('', 'key-2') and typed(f'/c/{chat.id}') == ''
+    begun = me.ask(upstream.says('three'), key='key-0', after='')
+    keep('late', 'key-0', ''), keep('late', 'key-0', begun.id)
+    assert typed('/') == typed(f'/c/{begun.id}') == '' and begun.ended()
+    assert keep('x', 'key', 'nowhere').status_code == 404 and keep('x' * 200_001, 'key').status_code == 413
+
+class Tree(RuleBasedStateMachine):
+    """The Store alone: whatever is asked, edited, answered anew, walked and forked, the path shown leads from a root to
+    a leaf, depth is the index, and every message is reached by walking the versions from what is shown."""
+    def __init__(self):
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.store, self.known, self.loop = main.Store(self.folder / 'tree.db'), {}, asyncio.Runner()
+
+    def teardown(self):
+        self.store.close(), self.loop.close(), shutil.rmtree(self.folder)
+
+    def run(self, verb, *args, **more): return self.loop.run(getattr(self.store, verb)(main.OWNER, *args, **more))
+    def path(self, chat): return self.run('path', chat)[1]
+    def some(self, data, role=None):
+        chat = [*self.known][data.draw(st.integers(0, len(self.known) - 1))]
+        path = [m for m in self.path(chat) if role in (None, m.role)]
+        return chat, path[data.draw(st.integers(0, len(path) - 1))]
+
+    def written(self, question, reply, new):
+        self.known.setdefault(question.conversation, set()).update([question.id, reply.id])
+        said = [main.Piece(reply.id, 0, f'answer {reply.id}')]
+        self.loop.run(self.store.save(said, [(reply.id, 'done', '', {})]))
+        assert self.path(question.conversation)[-1].id == reply.id
+
+    @initialize()
+    def first(self): self.begin()
+
+    @rule()
+    def begin(self): self.written(*self.run('ask', None, 'begin', None, 'm'))
+
+    @rule(data=st.data())
+    def ask(self, data): self.written(*self.run('ask', self.some(data)[0], 'more', None, 'm'))
+
+    @rule(data=st.data())
+    def edit(self, data):
+        chat, at = self.some(data, 'user')
+        self.written(*self.run('ask', chat, 'edited', None, 'm', instead=at.id))
+
+    @rule(data=st.data())
+    def regenerate(self, data):
+        chat, at = self.some(data)
+        self.written(*self.run('retry', chat, 'm', at=at.id))
+
+    @rule(data=st.data())
+    def walk(self, data):
+        chat, at = self.some(data)
+        before, to = self.path(chat), at.siblings[data.draw(st.integers(0, len(at.siblings) - 1))]
+        assert self.run('switch', chat, to) == at.idx
+        after = self.path(chat)
+        assert after[:at.idx] == before[:at.idx] and after[at.idx].id == to and (to != at.id or after == before)
+
+    @rule(data=st.data())
+    def fork(self, data):
+        chat, at = self.some(data)
+        new = self.run('fork', chat, at.id)
+        copy, old = self.path(new), self.path(chat)[:at.idx + 1]
+        said = [[(m.idx, m.role, m.content, m.status, m.model, m.created, m.ended) for m in path] for path in (copy, old)]
+        assert said[0] == said[1] and {m.id for m in copy}.isdisjoint(set().union(*self.known.values()))
+        self.known[new] = {m.id for m in copy}
+
+    @invariant()
+    def the_path_is_a_path_and_nothing_is_out_of_reach(self):
+        for chat, known in self.known.items():
+            shown, path = self.run('path', chat)
+            assert [m.idx for m in path] == list(range(len(path))) and path[-1].id == shown.leaf
+            assert [m.parent for m in path] == [None, *(m.id for m in path[:-1])]
+            reached, walked = {m.id for m in path}, {m.id for m in path}
+            while ahead := {id for m in path for id in m.siblings} - walked:
+                walked.add(to := min(ahead))
+                self.run('switch', chat, to)
+                path += (now := self.path(chat))
+                reached |= {m.id for m in now}
+            assert reached == known
+            self.run('switch', chat, shown.leaf)
+            assert self.run('path', chat)[0].leaf == shown.leaf
+
+def test_whatever_is_done_to_a_tree_no_message_is_out_of_reach():
+    run_state_machine_as_test(Tree, settings=settings(max_examples=15, stateful_step_count=20, deadline=None,
+                                                      derandomize=True, suppress_health_check=list(HealthCheck)))
 
 def test_a_reader_that_stops_reading_holds_a_bounded_amount(tmp_path, wire, upstream):
     gate, text = Gate(), ('lorem ' * 40,) * 100
@@ -3488,8 +3665,11 @@ def test_a_tab_that_is_behind_shows_everything_once_it_sends(view, upstream):
     view.send(upstream.says('first')).ends()
     other = View(view.profile, view.page.url)
     view.send(upstream.says('second')).ends(idx=3)
-    other.send(upstream.says('third')).ends(idx=5)
-    assert [other.text(idx) for idx in (1, 3, 5)] == ['first', 'second', 'third'] and not other.console
+    other.send(question := upstream.says('third')).until('second', idx=3)
+    assert 'not sent yet' in other.page.inner_text('#notice') and other.composer.input_value() == question
+    other.composer.press('Enter')
+    other.ends(idx=5)
+    assert [other.text(idx) for idx in (1, 3, 5)] == ['first', 'second', 'third']
 
 @browser_test
 def test_the_stop_button_stops(view, upstream):
@@ -3679,6 +3859,7 @@ def test_of_two_tabs_that_send_at_once_one_is_told_to_wait_and_loses_nothing(pro
     gate.open()
     view.ends(idx=3)
     other.composer.press('Enter')
+    other.until('half whole', idx=3).composer.press('Enter')
     assert other.ends(idx=5) == 'half whole'
     assert [other.text(idx) for idx in (2, 3, 4)] == [questions[0], 'half whole', questions[1]]
     assert [len(upstream.called(question)) for question in questions] == [1, 1]
