@@ -4409,6 +4409,9 @@ def test_axe_finds_no_violation(profile, long, upstream, axe, scheme, width):
     view.page.keyboard.press('?')
     assert view.page.locator('#keys').is_visible() and axe(view) == []
     view.page.keyboard.press('Escape')
+    view.page.locator('#opener [popovertarget]').click()
+    assert view.page.locator('#panel').is_visible() and axe(view) == []
+    view.page.keyboard.press('Escape')
     if width == 390:
         view.button('Conversations').click()
         assert axe(view) == []
