@@ -707,7 +707,7 @@ class Store:
 
     @writes
     def bring_in(self, db, owner, told: dict, placed: list[int], here: dict) -> int:
-        """Save what is missing of a conversation as `ours` tells it, 500 messages a call, until `placed` has the id of
+        """Save what is missing of a conversation as `ours` tells it, 100 messages a call, until `placed` has the id of
         each; says how many were new. A message is the same if its parent, role and time are: `here` are those that were
         there before. After each call the tree is whole, so nothing has to be undone if the next one fails."""
         messages, new = told['messages'], 0
@@ -732,7 +732,7 @@ class Store:
                 row = message | {'parent': parent, 'conversation': told['id'], 'owner': owner}
                 placed.append(self._insert(db, 'message', **row))
                 new += 1
-            if new == 500: break
+            if new == 100: break
         path = [placed[n] for n in told['path'] if n < len(placed)] or placed[-1:]
         running = 'select 1 from message where conversation = ? and status = ?'
         if new and (None in here or rows[0]['leaf'] in path) and not db.q(running, [told['id'], RUNNING]):
@@ -2893,7 +2893,10 @@ def Fields(setup, **attrs):
         Act('Save all', 'save', cls='quiet unscripted'), P(setup.said, role='status'), id='fields', **attrs)
 
 def Panel(setup):
-    return Div(H2('This conversation'), Fields(setup), id='panel', popover=True, role='dialog',
+    id = setup.conversation
+    told = id and A('Download as JSON', href=as_json.to(conversation_id=id), download=f'parley-{id}.json', cls='quiet',
+                    data_action='Download as JSON')
+    return Div(H2('This conversation'), Fields(setup), told, id='panel', popover=True, role='dialog',
                hx_sync='this:queue all', aria_label='Settings of this conversation')
 
 def Opener(setup, **attrs):
@@ -3166,7 +3169,8 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
 .themes { display: flex; gap: .125rem; margin: 0 -.75rem; padding: .5rem .75rem 0; border-top: 1px solid var(--line); }
 .themes button { flex: 1; min-height: 1.75rem; }
 .themes [aria-pressed=true] { background: var(--card); color: var(--ink); }
-#sidebar > .quiet { text-align: left; padding-block: .25rem; } #sidebar > .quiet kbd { margin-left: .5rem; }
+#sidebar > .quiet { text-align: left; padding: .25rem .625rem; color: var(--soft); }
+#sidebar > .quiet kbd { margin-left: .5rem; }
 @media (min-width: 48.01rem) { [data-sidebar=closed] #sidebar { display: none; } }
 
 /* Messages */
@@ -4294,8 +4298,9 @@ async def bring(req):
     now = imports[owner(req)] = Import()
     now.task = asyncio.create_task(take_in(parley(req).store, owner(req), file.file, file.size, now))
     await asyncio.wait([now.task], timeout=1)
+    if by_htmx(req): return Incoming(now)
     if now.status > 400: raise Refused(now.status, now.words)
-    return Incoming(now) if by_htmx(req) else RedirectResponse(your_data.to(), 303)
+    return RedirectResponse(your_data.to(), 303)
 
 @rt.post('/look')
 async def remember(req):

@@ -518,6 +518,37 @@ async def search(_, bench):
         waits = {name: [await wait(words) for _ in range(5)] for name, words in typed.items()}
     return labelled('search 100,000 messages', {f'{name}, ms': statistics.median(some) for name, some in waits.items()})
 
+@row('export', yardstick=False)
+async def export(_, bench):
+    "10,000 messages come in as an export of Claude's, go out as a zip, and are said to be here already."
+    texts = [''.join(answer('markdown', 200, seed)) for seed in range(40)]
+    told = [{'uuid': f'c{n}', 'name': f'Number {n}', 'created_at': '2026-01-01T00:00:00Z', 'chat_messages': [
+        {'uuid': f'{n}-{i}', 'parent_message_uuid': f'{n}-{i - 1}', 'sender': ('human', 'assistant')[i % 2],
+         'text': texts[(n + i) % 40], 'created_at': f'2026-01-01T00:00:{i:02}Z'} for i in range(20)]}
+        for n in range(500)]
+    data = json.dumps(told).encode()
+
+    async def come(server):
+        began, asks = time.perf_counter(), {'headers': {'HX-Request': 'true'}, 'timeout': 60}
+        page = await server.visitor.post('/import', files={'file': ('conversations.json', data)}, **asks)
+        while 'every 1s' in page.text: page = (await asyncio.sleep(.01), await server.visitor.get('/import', **asks))[1]
+        return time.perf_counter() - began, page.text
+
+    async def go(server):
+        began, size = time.perf_counter(), 0
+        async with server.visitor.stream('GET', '/export.zip', timeout=60) as zip:
+            async for chunk in zip.aiter_bytes(): size += len(chunk)
+        return time.perf_counter() - began, size
+
+    async with running(bench.server('app')) as server:
+        came, (seconds, said) = await felt(server, come(server))
+        if '10,000 messages came in' not in said: raise Missing(said)
+        went, (sent, size) = await felt(server, go(server))
+        again, _ = await come(server)
+    mb = sum(len(text) for text in texts) * 250 / 1e6
+    return labelled('10,000 messages come in', {'s': seconds, 'again, s': again} | came) \
+        | labelled('10,000 messages go out', {'s': sent, 'MB/s': mb / sent, 'zip, MB': size / 1e6} | went)
+
 async def knock(server, said='', count=1):
     "Connections that say this much and no more."
     writers = [(await asyncio.open_connection('127.0.0.1', server.port))[1] for _ in range(count)]
