@@ -15,6 +15,7 @@
 
 # %%
 import asyncio
+import base64
 import contextlib
 import contextvars
 import fcntl
@@ -61,8 +62,9 @@ import nh3
 import uvicorn
 from fastcore.xml import NotStr
 from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Dialog, Div, Dl, Dt, Footer, Form, Head,
-                                 Header, Html, Input, Kbd, Label, Li, Link, Main, Mark, Meta, Nav, Noscript, Optgroup,
-                                 Option, P, Progress, Script, Select, Span, Textarea, Time, Title, Ul, to_xml)
+                                 Header, Html, Img, Input, Kbd, Label, Li, Link, Main, Mark, Meta, Nav, Noscript,
+                                 Optgroup, Option, P, Progress, Script, Select, Span, Template, Textarea, Time, Title,
+                                 Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
 from latex2mathml.converter import convert_to_element
@@ -146,6 +148,10 @@ class Settings:
     max_body_bytes: int = setting(4_000_000, 'the longest body of a request', low=1_000, high=200_000_000)
     max_import_bytes: int = setting(2_000_000_000, 'the largest file to import, packed and unpacked', low=1_000,
                                     high=10**12)
+    max_file_bytes: int = setting(10_000_000, 'the largest file', low=1, high=20_000_000)
+    max_files: int = setting(10, 'files of one message', low=1, high=50)
+    max_files_bytes: int = setting(2_000_000_000, 'all files of one person together', low=0, high=10**15)
+    files_per_hour: int = setting(1_000, 'files that one person adds', low=1, high=1_000_000)
     max_header_bytes: int = setting(32_768, 'the longest head of a request', low=4_096, high=1_000_000)
     max_frame_chars: int = setting(4_096, 'the longest message a page sends over a socket', low=64, high=1_000_000)
     header_seconds: float = setting(10.0, 'how long the head of a request may take', low=0.1, high=600)
@@ -251,7 +257,8 @@ class Conversation:
 @dataclass
 class Message:
     """One message. `idx` is its depth on the path from 0; `content` is the exact Markdown that people see and search;
-    `note` says how it ended; `blocks` are the API's content blocks when there is more to send back than `content`."""
+    `note` says how it ended; `blocks` are the API's content blocks when there is more to send back than `content`; of a
+    question its files, {'type': 'file', 'sha', 'name', 'kind', 'size'}, without `sha` when the bytes are not here."""
     id: int
     conversation: str
     owner: str
@@ -372,6 +379,7 @@ ENDLESS = 1 << 60  # deeper than any path
 # the text of a message, wherever it is kept at the moment
 TEXT = """content || coalesce((select group_concat(text, '' order by seq) from piece
                                where message = m.id and kind = 'text'), '')"""
+MINE = 'from file where sha = ? and exists (select 1 from attached where owner = ? and sha = file.sha)'
 PATH = f'''with recursive path(id) as (
     select coalesce(:leaf, leaf) from conversation where id = :conversation and owner = :owner
     union all select m.parent from message m join path on m.id = path.id where m.idx > :first)
@@ -440,6 +448,23 @@ create index message_by_parent on message (conversation, parent);
 create table draft (owner text, conversation text, text text, at float, primary key (owner, conversation));
 create trigger draft_with_conversation after delete on conversation begin
     delete from draft where conversation = old.id; end;
+create table file (sha text primary key, kind text, size integer, content blob);
+create table attached (owner text, sha text references file(sha), created float,
+    message integer references message(id) on update cascade on delete cascade);
+create unique index attached_once on attached (owner, sha, message);
+create unique index attached_unsent on attached (owner, sha) where message is null;
+create index attached_by_message on attached (message);
+create index attached_by_file on attached (sha);
+create trigger file_sent after insert on message when new.blocks like '%"file"%' begin
+    insert or ignore into attached (owner, sha, created, message)
+        select owner, sha, new.created, new.id from attached where owner = new.owner and sha in
+        (select value ->> 'sha' from json_each(new.blocks) where value ->> 'type' = 'file');
+    delete from attached where message is null and owner = new.owner and sha in (
+        select sha from attached where message = new.id);
+end;
+create trigger file_unused after delete on attached begin
+    delete from file where sha = old.sha and not exists (select 1 from attached where sha = old.sha);
+end;
 ''']
 
 # Scripts that put no spaces between words: each of their letters is a word, and a run of them a phrase.
@@ -501,6 +526,66 @@ def folded(pieces: list[tuple[str, str]]) -> tuple[str, list[dict]]:
         blocks.append(block)
     flush()
     return content, blocks if any(block.keys() != {'type', 'text'} for block in blocks) else []
+
+# How a file begins tells what it is; its name and what a browser says tell nothing. What is none of these may be text.
+BEGINS = {'image/png': rb'\x89PNG\r\n\x1a\n....IHDR', 'image/jpeg': rb'\xff\xd8\xff', 'image/gif': rb'GIF8[79]a',
+          'image/webp': rb'RIFF....WEBPVP8[ LX]', 'application/pdf': rb'%PDF-'}
+IMAGES, PDF, PLAIN_TEXT = [kind for kind in BEGINS if kind.startswith('image/')], 'application/pdf', 'text/plain'
+# The API refuses an image that is larger, and with it every later request of its conversation; base64 takes a third:
+# https://platform.claude.com/docs/en/build-with-claude/vision
+EDGE, PIXELS, IMAGE_BYTES = 8_000, 50_000_000, 3_900_000
+
+def kind_of(content: bytes) -> str:
+    "The media type of a file, by its bytes; nothing is decoded. Raises `Refused` 413, 415 and 422."
+    if not content.strip(b'\0\t\n\f\r '): raise Refused(422, 'it is empty')
+    kind = next((kind for kind, begins in BEGINS.items() if re.match(begins, content, re.DOTALL)), PLAIN_TEXT)
+    if kind in IMAGES:
+        width, height = pixels(kind, content)
+        if not width or not height or broken_off(kind, content): raise Refused(422, 'it is no whole image')
+        if max(width, height) > EDGE or width * height > PIXELS:
+            raise Refused(413, f'it has {width:,} × {height:,} pixels; {EDGE:,} each way and '
+                               f'{PIXELS // 10**6} million are the most')
+        if len(content) > IMAGE_BYTES: raise Refused(413, f'an image may have {weight_in_words(IMAGE_BYTES)}')
+    elif kind == PDF:
+        if b'%%EOF' not in content[-2_048:]: raise Refused(422, 'it is no whole PDF')
+        if re.search(rb'/Encrypt\s+\d+\s+\d+\s+R', content): raise Refused(422, 'it is a PDF with a password')
+    else:
+        try: text = content.decode('utf-8')
+        except ValueError: text = '\0'
+        if len(re.findall(r'[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]', text)) > len(text) // 100 or '\0' in text:
+            raise Refused(415, 'only PNG, JPEG, GIF and WebP images, PDFs and text in UTF-8 can be read')
+    return kind
+
+def pixels(kind: str, content: bytes) -> tuple[int, int]:
+    "Width and height as the head of an image says them, (0, 0) if it doesn't."
+    def number(at, length, order='big'): return int.from_bytes(content[at:at + length], order)
+    match kind, content[15:16]:
+        case 'image/png', _: return number(16, 4), number(20, 4)
+        case 'image/gif', _: return number(6, 2, 'little'), number(8, 2, 'little')
+        case 'image/webp', b'X': return number(24, 3, 'little') + 1, number(27, 3, 'little') + 1
+        case 'image/webp', b'L': return number(21, 4, 'little') % 2**14 + 1, (number(21, 4, 'little') >> 14) % 2**14 + 1
+        case 'image/webp', _: return number(26, 2, 'little') % 2**14, number(28, 2, 'little') % 2**14
+    at = 2
+    for _ in range(1_000):  # the segments of a JPEG, until the one of its frame: ITU-T T.81, B.1 and B.2
+        if content[at:at + 1] != b'\xff': break
+        mark = number(at + 1, 1)
+        if 0xc0 <= mark <= 0xcf and mark not in (0xc4, 0xc8, 0xcc): return number(at + 7, 2), number(at + 5, 2)
+        at += 1 if mark == 0xff else 2 + number(at + 2, 2)
+    return 0, 0
+
+def broken_off(kind: str, content: bytes) -> bool:
+    "Whether the end of an image is missing, as far as its format says."
+    return (kind == 'image/png' and b'IEND\xaeB`\x82' not in content
+            or kind == 'image/gif' and not content.rstrip(b'\0').endswith(b';')
+            or kind == 'image/webp' and int.from_bytes(content[4:8], 'little') + 8 > len(content))
+
+def file_name(said: str) -> str:
+    "What a file is called here: its name without a path, in printable characters, not too long. It is only ever shown."
+    name = ''.join(filter(str.isprintable, re.split(r'[/\\]', said)[-1])).strip(' .')
+    return (name if len(name) <= 100 else name[:80] + '…' + name[-19:]) or 'file'
+
+def weight_in_words(size: int) -> str:
+    return f'{size / 1e6:.1f} MB' if size >= 1e6 else f'{size / 1e3:.0f} KB' if size >= 1e3 else f'{size} B'
 
 def lock(database: Path, tries=10):
     """One process per database: a second one would end the replies of the first. A kill frees the lock. Returns the
@@ -813,29 +898,69 @@ class Store:
         self._drop_draft(db, owner, conversation)
         if text: self._insert(db, 'draft', owner=owner, conversation=conversation, text=text, at=time.time())
 
+    @writes
+    def keep_file(self, db, owner, sha, kind, content: bytes):
+        """Keep a file for a day, and as long as a message has it; by its sha256, so that the same bytes are there once.
+        Raises `Refused` 413 when there is no more room."""
+        self._room_for(len(content))
+        db.execute('delete from attached where message is null and created < ?', [time.time() - 86_400])
+        used = db.q('select coalesce(sum(size), 0) as n from file where sha <> ? and sha in '
+                    '(select sha from attached where owner = ?)', [sha, owner])[0]['n']
+        if used + len(content) > self.limits.max_files_bytes:
+            raise Refused(413, f'your files take up {weight_in_words(used)} already, delete some conversations first')
+        db.execute('insert or ignore into file values (?, ?, ?, ?)', [sha, kind, len(content), content])
+        db.execute('insert into attached (owner, sha, created) values (?, ?, ?) on conflict (owner, sha) '
+                   'where message is null do update set created = excluded.created', [owner, sha, time.time()])
+
+    @reads
+    def content(self, db, owner, sha) -> tuple[str, bytes]:
+        "Kind and content. Raises `Refused` 404."
+        for row in db.q(f'select kind, content {MINE}', [sha, owner]): return row['kind'], row['content']
+        raise Refused(404, 'There is no such file here.')
+
+    @reads
+    def named(self, db, owner, names: list[tuple[str, str]]) -> list[dict]:
+        "The blocks of files by (sha, name), of those that are here."
+        return [{'type': 'file', 'name': name, **row} for sha, name in names
+                for row in db.q(f'select sha, kind, size {MINE}', [sha, owner])]
+
+    @reads
+    def to_send(self, db, owner, shas: list[str], room: int) -> dict[str, str | None]:
+        "The content of files as text or base64, None for those that no more fit into `room` bytes."
+        sent = {}
+        for sha in shas:
+            for row in db.q(f'select kind, size, iif(size <= ?, content, null) as content {MINE}', [room, sha, owner]):
+                room -= row['size']
+                encode = bytes if row['kind'] == PLAIN_TEXT else base64.b64encode
+                sent[sha] = row['content'] and encode(row['content']).decode()
+        return sent
+
+    def _room_for(self, size=0):
+        if shutil.disk_usage(self.file.parent).free - size < self.limits.min_free_bytes:  # else not even deleting works
+            raise Unusable('the disk is nearly full')
+
     @writes_durably
-    def ask(self, db, owner, conversation, text, key, model, choices=None, after=None, instead=None
-            ) -> tuple[Message, Message, bool]:
+    def ask(self, db, owner, conversation, text, key, model, choices=None, after=None, instead=None,
+            files=()) -> tuple[Message, Message, bool]:
         """Save a question and its empty reply: in a new conversation with `choices` if `conversation` is None; at the
         end of the path, where the page that sends it saw the message `after` (None: it does not say); or as a sibling
-        of the question `instead`.
+        of the question `instead`, whose files it keeps beside its own.
 
         Returns both and whether they are new: the same `key` again finds what the first send saved.
         Raises `Refused`: 404 no such conversation or question, 409 a reply is running, the path ends elsewhere, or the
         key was used for another text."""
         if sent := self._sent(db, owner, conversation, text, key): return *sent, False
-        if shutil.disk_usage(self.file.parent).free < self.limits.min_free_bytes:  # else not even deleting would work
-            raise Unusable('the disk is nearly full')
-        leaf, blocks = None, []
+        self._room_for()
+        leaf, blocks = None, [*files]
         if after is not None: self._drop_draft(db, owner, conversation or '')
-        if conversation is None: conversation = self._begin(db, owner, text, choices or {})
+        if conversation is None:
+            conversation = self._begin(db, owner, text.strip() or ', '.join(f['name'] for f in files), choices or {})
         else: leaf = self._free_leaf(db, owner, conversation, text)
         if leaf and after and after != str(leaf.id): raise Refused(409, ELSEWHERE, text)
         if instead is not None:
             old = self._message(db, owner, conversation, instead, 'user')
             leaf = old.parent and self._row(db, old.parent)
-            blocks = [block for block in old.blocks if block.get('type') != 'text']  # what was attached stays attached
-            if blocks: blocks.append({'type': 'text', 'text': text})
+            blocks = old.blocks + blocks  # what was attached stays attached
         question = self._add(db, owner, conversation, leaf, 'user', text, 'done', key=key, blocks=blocks)
         reply = self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
         return question, reply, True
@@ -949,7 +1074,7 @@ class Store:
         now = time.time()
         row = dict(conversation=conversation, owner=owner, parent=parent and parent.id, role=role, content=content,
                    idx=parent.idx + 1 if parent else 0, status=status, note='', created=now,
-                   ended=None if status == RUNNING else now, **{'model': '', 'key': None} | more)
+                   ended=None if status == RUNNING else now, **{'model': '', 'key': None, 'blocks': []} | more)
         id = self._insert(db, 'message', **row)
         db.execute('update conversation set leaf = ?, updated = ? where id = ?', [id, now, conversation])
         return Message(id=id, **row)
@@ -1374,6 +1499,10 @@ class Model:
             tuple(sorted(efforts, key=lambda e: EFFORTS.index(e) if e in EFFORTS else len(EFFORTS))),
             tuple(inside(can.get('server_tools'))), *[able(can.get(what)) for what in READS])
 
+    def reads(self, kind: str) -> bool:
+        "Whether it can be given a file of this media type."
+        return kind == PLAIN_TEXT or self.images and kind in IMAGES or self.pdfs and kind == PDF
+
     @property
     def ways(self) -> tuple:
         "What can be chosen of its thinking: `off` where it thinks by itself, `on` where it must be told, or nothing."
@@ -1410,12 +1539,40 @@ def prefix_of(request: dict) -> str:
     before = json.dumps([request.get(name) for name in ('system', 'tools', 'mcp_servers')], sort_keys=True)
     return hashlib.sha256(before.encode()).hexdigest()[:16]
 
-def history(path: list[Message], prefix='') -> list[dict]:
+ROOM = 22_000_000  # bytes of files in one request: as base64 they leave a little of the 32 MB that it may have
+MOST_IMAGES = 100  # in one request; both: https://platform.claude.com/docs/en/build-with-claude/vision
+
+def files_on(path: list[Message]) -> list[str]:
+    "The files that a request for `path` would carry, the newest first, each once."
+    return list(dict.fromkeys(block.get('sha') or '' for m in reversed(path) if m.role == 'user'
+                              for block in reversed(m.blocks) if block.get('type') == 'file'))[:MOST_IMAGES]
+
+def as_sent(file: dict, sent: Mapping[str, str | None], model: Model, before: set) -> dict:
+    "A file of a question as the API takes it, or words in its place; what came `before` is not sent twice."
+    kind, name, sha = file['kind'], file['name'], file.get('sha')
+    def words(text): return {'type': 'text', 'text': text}
+    if not model.reads(kind): return words(f'(The file “{name}” can’t be read by this model.)')
+    if not sha or sha not in sent: return words(f'(The file “{name}” is not here any more.)')
+    if sent[sha] is None: return words(f'(The file “{name}” was left out: there are too many for one request.)')
+    if sha in before: return words(f'(The file “{name}” is one of those above.)')
+    before.add(sha)
+    if kind == PLAIN_TEXT and not model.known: return words(f'{name}:\n\n{sent[sha]}')
+    source = {'type': 'text' if kind == PLAIN_TEXT else 'base64', 'media_type': kind, 'data': sent[sha]}
+    if kind in IMAGES: return {'type': 'image', 'source': source}
+    cited = {'citations': {'enabled': True}} if model.citations else {}
+    return {'type': 'document', 'source': source, 'title': name, **cited}
+
+def history(path: list[Message], prefix='', model=Model(''), sent: Mapping[str, str | None] = {}) -> list[dict]:
     """What Claude is sent: the path without empty messages. A partial reply stands as text before the next question,
     never last: models refuse to go on from a text that isn't theirs to finish. Thinking under another `prefix` (see
-    `prefix_of`) is left out, each time in the same way, so that what was thought since stays valid."""
+    `prefix_of`) is left out, each time in the same way, so that what was thought since stays valid. Files, whose
+    content is in `sent`, stand before the words about them."""
+    before = set()
     def content(m):
         if m.status != 'done': return m.content
+        if m.role == 'user' and m.blocks:
+            blocks = [as_sent(b, sent, model, before) if b.get('type') == 'file' else b for b in m.blocks]
+            return blocks + [{'type': 'text', 'text': m.content}] * bool(m.content.strip())
         same = m.role == 'user' or m.meta.get('prefix') == prefix
         return [block for block in m.blocks if same or block.get('type') not in THOUGHTS] or m.content
     turns = [{'role': m.role, 'content': content(m)} for m in path]
@@ -1591,10 +1748,10 @@ class Claude:
             kept['max_tokens'] = int(tokens)
         return kept | ({'system': system} if system else {})
 
-    def request(self, path: list[Message], choices: Mapping = {}) -> dict:
-        """The parameters of the call that answers `path`: what was chosen, as far as the model can do it. What nobody
-        chose is left out, so that the model's own default holds, which its makers tuned; only a model that decides by
-        itself how much it thinks (`adaptive`) is always asked to, for else its thinking would come hidden."""
+    def request(self, path: list[Message], choices: Mapping = {}, sent: Mapping[str, str | None] = {}) -> dict:
+        """The parameters of the call that answers `path`, whose files are `sent`: what was chosen, as far as the model
+        can do it. What nobody chose is left out, so that the model's own default holds, which its makers tuned; only a
+        model that decides by itself how much it thinks (`adaptive`) is always asked to, else its thinking is hidden."""
         choices = self.valid(choices, choices)
         model, think, effort = self.model_of(choices), choices.get('thinking'), choices.get('effort')
         most = choices.get('max_tokens', self.longest(model))
@@ -1607,7 +1764,7 @@ class Claude:
         elif 'adaptive' in model.thinking: request['thinking'] = {'type': 'adaptive', 'display': 'summarized'}
         elif think and most > 1024: request['thinking'] = {'type': 'enabled', 'budget_tokens': max(1024, most // 2)}
         if effort in model.efforts: request['output_config'] = {'effort': effort}
-        return request | {'messages': history(path, prefix_of(request))}
+        return request | {'messages': history(path, prefix_of(request), model, sent)}
 
     def titling(self, path: list[Message]) -> dict:
         "The parameters of the small call that names a conversation: the cheapest model, as little thought as may be."
@@ -1837,7 +1994,9 @@ class Demo(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request):
         if request.method == 'GET': return httpx2.Response(200, json={'data': DEMO_MODELS, 'has_more': False})
-        text, pause = demo_answer(json.loads(await request.aread())['messages'][-1]['content'])
+        asked = json.loads(await request.aread())['messages'][-1]['content']
+        if isinstance(asked, list): asked = ' '.join(b.get('text', f'({b["type"]})') for b in asked)
+        text, pause = demo_answer(asked)
         return httpx2.Response(200, headers={'content-type': 'text/event-stream'},
                                stream=DemoStream(text, pause * self.pace))
 
@@ -1925,6 +2084,7 @@ class Turns:
         self.asking: list[str] = []  # the owners of replies that are about to begin
         self.messages = Pace(settings.messages_per_hour, 3600)
         self.conversations = Pace(settings.conversations_per_hour, 3600)
+        self.files = Pace(settings.files_per_hour, 3600)
 
     async def open(self):
         "Know the models of last time at once, and begin to ask for today's."
@@ -1961,12 +2121,26 @@ class Turns:
         if model.lifecycle != 'retired': return choices, model.id
         raise Refused(409, f'{model.name} is retired and answers no more: choose another model.', text)
 
+    async def attach(self, owner, name: str, content: bytes) -> dict:
+        "Keep a file for a question; returns its block. Raises `Refused` 413, 415, 422, 429 and `Unusable`."
+        name, most = file_name(name), self.settings.max_file_bytes
+        if wait := self.files.wait(owner):
+            raise Refused(429, f'{self.files.most:,} files an hour are allowed. Try again in {wait:,} s.', '', wait)
+        self.files.take(owner)
+        try:
+            if len(content) > most: raise Refused(413, f'a file may have {weight_in_words(most)}')
+            kind = await asyncio.to_thread(kind_of, content)
+            sha = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
+            await self.store.keep_file(owner, sha, kind, content)
+        except Refused as no: raise Refused(no.status, f'“{name}” can’t be attached: {no.words}.') from None
+        return {'type': 'file', 'sha': sha, 'name': name, 'kind': kind, 'size': len(content)}
+
     async def ask(self, owner, conversation, text, key=None, choices=None, **place) -> tuple[Message, Message]:
-        """Save a question at its `place` (of Store.ask: after, instead) and start the reply; `choices` are for a new
-        conversation, by default those of the last.
+        """Save a question at its `place` with its files (of Store.ask: after, instead, files) and start the reply;
+        `choices` are for a new conversation, by default those of the last.
         Raises `Refused` 422 blank, 413 too long, 429 too many, 503 stopping, and Store.ask's."""
         limit = self.settings.max_message_chars
-        if not text.strip(): raise Refused(422, 'Write something first.', text)
+        if not text.strip() and not place.get('files'): raise Refused(422, 'Write something first.', text)
         if len(text) > limit: raise Refused(413, f'This has {len(text):,} characters; {limit:,} are allowed.', text)
         return await asyncio.shield(self._asked(owner, conversation, text, key, choices, place))
 
@@ -2046,7 +2220,9 @@ class Turns:
         "The one owner of a reply: hears Claude out, or as far as it goes."
         try:
             conversation, path = await self.store.path(turn.reply.owner, turn.reply.conversation)
-            request = self.claude.request(path, conversation.choices | {'model': turn.reply.model})
+            files = files_on(path)
+            sent = await self.store.to_send(turn.reply.owner, files, ROOM) if files else {}
+            request = self.claude.request(path, conversation.choices | {'model': turn.reply.model}, sent)
             async with contextlib.aclosing(self.claude.reply(request)) as events:
                 async for event in events:
                     match event:
@@ -2622,7 +2798,9 @@ ENDS = {'stopped': 'Stopped.', 'interrupted': 'Interrupted.', 'failed': 'No answ
 PAPER = {'light': '#fbfaf7', 'dark': '#1b1a18'}  # the page's colour, for what a browser draws around the page
 ICONS = {'sidebar': 'M4 5h16v14H4zM10 5v14', 'new': 'M12 5v14M5 12h14', 'send': 'M12 19V5M6 11l6-6 6 6',
          'stop': 'M7 7h10v10H7z', 'end': 'M12 5v14M6 13l6 6 6-6',
+         'file': 'M20 11l-8.5 8.5a5 5 0 0 1-7-7L13 4a3.3 3.3 0 0 1 4.7 4.7l-8.4 8.4a1.7 1.7 0 0 1-2.4-2.4L14 7.6',
          'find': 'M11 18a7 7 0 1 1 0-14 7 7 0 0 1 0 14zM16 16l4 4',
+         'page': 'M7 3h7l4 4v14H7zM14 3v4h4',
          'save': 'M12 4v11M7 10l5 5 5-5M5 20h14', 'close': 'M6 6l12 12M18 6L6 18'}
 
 def Icon(name): return NotStr(f'<svg viewBox="0 0 24 24" aria-hidden="true"><path d="{ICONS[name]}"/></svg>')
@@ -2690,10 +2868,38 @@ def Actions(message):
                     method='post', action=fork.to(**here), cls='fork'),
                Span(message.model, cls='by'), Time(when.translate({84: ' ', 90: ' UTC'}), datetime=when), cls='actions')
 
+KINDS = {'application/pdf': 'PDF', 'text/plain': 'Text'}
+
+def File(file):
+    "A file: an image as itself, which leads to the whole of it, anything else as a name to download."
+    name, place = file['name'], file.get('sha') and serve_file.to(sha=file['sha'])
+    what = Span(f'{KINDS.get(file["kind"], "Image")}, {weight_in_words(file["size"])}', cls='what')
+    if not place: return Span(B(name), Span('not here any more', cls='what'), cls='name')
+    if file['kind'] in IMAGES: return A(Img(src=place, alt=name), href=place, target='_blank', title=name)
+    return A(Icon('page'), B(name), what, href=place, download=name, cls='name', title='Download')
+
+def Files(files): return Ul(*[Li(File(file)) for file in files], cls='files', aria_label='Files') if files else None
+
+def Chip(file):
+    "A file that goes with the next message, unless it is removed: by script, or by taking its mark away."
+    needs = 'image' if file['kind'] in IMAGES else 'pdf' if file['kind'] == PDF else 'text'
+    return Li(File(file), Span('The model can’t read this.', cls='unread'),
+              Input(type='checkbox', name='file', value=f'{file["sha"]} {file["name"]}', checked=True, cls='unscripted',
+                    aria_label=f'Send {file["name"]}'),
+              Remove(file['name']), cls='chip', data_needs=needs)
+
+def Remove(name):
+    return Button(Icon('close'), Unseen(f'Remove {name}'), type='button', cls='round remove scripted', title='Remove')
+
+def Coming():
+    "A file on its way up, for the script to fill in."
+    return Template(Li(Span(B(), Progress(max=1, value=0), cls='name'), Remove('this file'), cls='chip'), id='coming')
+
 def Bubble(message, shown, notice='', **live):
     "A message. `shown` is its content as HTML; `live` are the attributes that keep it going while it is written."
     return Article(
         H2('You' if message.role == 'user' else 'Claude', cls='unseen'),
+        Files([block for block in message.blocks if block['type'] == 'file']),
         Div(NotStr(shown), id=f'content-{message.idx}', cls='content',
             hx_disable=True),
         State(message, notice), Actions(message), id=f'msg-{message.idx}', cls='message', data_role=message.role,
@@ -2908,17 +3114,22 @@ def Opener(setup, **attrs):
                       hx_params='not message,key') if gone and next else None,
                Button(setup.model.name, type='button', popovertarget='panel', cls='quiet',
                       title='Model and settings of this conversation', data_action='Settings of this conversation'),
-               id='opener', **attrs)
+               id='opener', data_reads=' '.join(['image'] * setup.model.images + ['pdf'] * setup.model.pdfs), **attrs)
 
-def Composer(typed='', notice='', to='', setup=None, after=None, at=None):
+def Composer(typed='', notice='', to='', setup=None, after=None, at=None, files=()):
     """Where one writes. It posts to the page's own address, so a first question and a later one are the same form;
     `to` is for a page that stands at another one. `after` is the message that the next question follows; `at` the one
     that it replaces, on a page that says why it did not."""
     return Form(
         Label('Message', _for='message', cls='unseen'), Key(), After(after),
         Input(type='hidden', name='at', value=at) if at else None,
-        Div(Textarea('\n' + typed, id='message', name='message', rows=1, placeholder='Ask Claude', autocomplete='off'),
-            Button(Icon('send'), Unseen('Send'), cls='send round', title='Send (Enter)'),
+        Ul(*map(Chip, files), id='files', cls='files', aria_label='Files to send'), Coming(),
+        Input(type='file', id='upload', name='upload', multiple=True, aria_label='Attach files'),
+        Div(Button(Icon('file'), Unseen('Attach files'), type='button', cls='attach round scripted',
+                   title='Attach files', data_action='Attach files'),
+            Textarea('\n' + typed, id='message', name='message', rows=1, placeholder='Ask Claude', autocomplete='off'),
+            Button(Icon('send'), Unseen('Send'), cls='send round', title='Send (Enter)',
+                   formenctype='multipart/form-data'),
             Button(Icon('stop'), Unseen('Stop'), form='stop', cls='stop round', title='Stop (Esc)',
                    data_action='Stop the reply'), cls='field'),
         Button(Icon('end'), 'Jump to the end', type='button', id='jump', hidden=True, data_action='Jump to the end'),
@@ -3259,6 +3470,30 @@ body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) {
 .field { display: flex; align-items: end; gap: .25rem; padding: .25rem; border: 1px solid var(--edge);
   border-radius: 1.375rem; transition: border-color var(--quick), background-color var(--quick); }
 .field:focus-within { border-color: var(--accent); background: var(--card); }
+.files { display: flex; flex-wrap: wrap; gap: .5rem; margin: 0 0 .375rem; padding: 0; list-style: none; }
+.files:empty, #upload { display: none; } @media (scripting: none) { #upload { display: block; } }
+.files li { position: relative; max-width: 100%; }
+.files img { display: block; width: auto; max-width: min(20rem, 100%); max-height: 15rem; min-width: 3rem;
+  min-height: 3rem; border: 1px solid var(--line); border-radius: var(--round); background: var(--card); }
+.chip img { width: 4.5rem; height: 4.5rem; object-fit: cover; }
+.name { display: grid; grid-template-columns: auto 1fr; column-gap: .5rem; align-items: center; min-height: 3rem;
+  padding: .375rem .75rem; border: 1px solid var(--line); border-radius: var(--round); text-decoration: none;
+  color: var(--ink); max-width: 20rem; }
+.name svg { grid-row: span 2; color: var(--soft); } .name:not(:has(svg)) { grid-template-columns: 1fr; }
+.name b { font-weight: 500; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.what, .unread { font-size: var(--tiny); color: var(--soft); }
+.chip { display: flex; align-items: center; gap: .25rem; } .chip .name { max-width: 15rem; }
+.chip progress { width: 6rem; accent-color: var(--accent); }
+.chip .remove { position: absolute; top: 0; right: 0; translate: 40% -40%; background: none; }
+.remove svg { width: 1.375rem; height: 1.375rem; padding: .25rem; border-radius: 50%; color: var(--page);
+  background: var(--soft); stroke-width: 3; } .remove:hover svg { background: var(--ink); }
+.unread { display: none; color: var(--accent); max-width: 8rem; padding-right: .75rem; }
+:has(> * > #opener:not([data-reads~=image])) [data-needs=image] .unread,
+:has(> * > #opener:not([data-reads~=pdf])) [data-needs=pdf] .unread { display: block; }
+#files { padding: .5rem .75rem 0 .25rem; } [data-role=user] .content:empty { display: none; }
+.dropping::after { content: 'Drop files to attach them'; position: fixed; inset: .75rem; z-index: 9; display: grid;
+  place-items: center; border: 2px dashed var(--accent); border-radius: .875rem; pointer-events: none;
+  background: color-mix(in srgb, var(--page) 85%, transparent); color: var(--accent); font-size: 1.275rem; }
 .field textarea { flex: 1; min-width: 0; padding: .375rem .75rem; border: 0; outline: 0; resize: none;
   max-height: 40dvh; background: none; font: 1rem/1.5 var(--ui); field-sizing: content; }
 ::placeholder { color: var(--soft); opacity: 1; }
@@ -3554,6 +3789,12 @@ on('click', e => {
   else if (control?.matches('.image[data-src]')) open(control.dataset.src, '_blank', 'noopener,noreferrer');
   else if (control?.matches('[data-opens]')) { e.preventDefault(); show(control.dataset.opens); }
   else if (control === jump) toEnd();
+  else if (control?.matches('.attach')) upload.click();
+  else if (control?.matches('.remove')) {
+    control.parentNode.asked?.abort();
+    control.parentNode.remove();
+    box.focus();
+  }
 });
 
 // How the page looks is remembered in cookies, so that the server's first paint is right.
@@ -3605,7 +3846,7 @@ on('keydown', e => {
   if (e.key === 'ArrowUp' && !box.value && e.target === box) recall(e);
   if (e.key !== 'Enter' || e.shiftKey) return;
   e.preventDefault();
-  if (e.target.value.trim()) e.target.form.requestSubmit();
+  if (e.target.value.trim() || $('.chip', e.target.form)) e.target.form.requestSubmit();
 });
 async function recall(e) {
   const link = $$('[data-role=user] .copy').at(-1);
@@ -3615,10 +3856,14 @@ async function recall(e) {
   if (!box.value) write(text);
 }
 on('htmx:beforeRequest', e => {
-  const text = $('#message, .edit textarea', e.target)?.value;
-  if (text !== undefined && !text.trim()) return e.preventDefault();
+  const text = $('#message, .edit textarea', e.target)?.value, chips = $$('.chip', e.target);
+  if (text !== undefined && !text.trim() && !chips.length) return e.preventDefault();
+  if (e.target === composer && (waiting = Boolean($('progress', files)))) {
+    notice('It is sent as soon as its files are here.');
+    return e.preventDefault();
+  }
   if (e.target.matches('form')) $('#notice').textContent = '';
-  if (e.target === composer) sent = { text };
+  if (e.target === composer) sent = { text, chips };
   if (text !== undefined) pinned = true;
   if (e.target.matches('.walk')) pinned = false;
 });
@@ -3639,10 +3884,66 @@ composer.addEventListener('htmx:sendError', () => {
 function emptied() {
   if (!sent) return;
   write(box.value.startsWith(sent.text) ? box.value.slice(sent.text.length) : box.value);
+  for (const chip of sent.chips) chip.remove();
   sent = null;
   if (box.value) later();
   toEnd();
 }
+
+// Files: each goes up as soon as it is chosen, pasted or dropped, and is a chip from then on. An image is scaled down
+// to what every model looks at: https://platform.claude.com/docs/en/build-with-claude/vision
+const files = $('#files'), upload = $('#upload'), EDGE = 1568;
+let waiting = false, inside = 0;
+upload.name = '';
+const notice = words => { $('#notice').textContent = words; };
+async function scaled(file) {
+  const image = /^image\/(png|jpeg|webp)$/.test(file.type) && await createImageBitmap(file).catch(() => null);
+  const scale = image ? EDGE / Math.max(image.width, image.height) : 1;
+  if (scale >= 1) return file;
+  const [width, height] = [image.width, image.height].map(side => Math.max(1, Math.round(side * scale)));
+  const canvas = new OffscreenCanvas(width, height);
+  canvas.getContext('2d').drawImage(image, 0, 0, width, height);
+  const blob = await canvas.convertToBlob({ type: file.type, quality: 0.9 });
+  return blob.type === file.type ? blob : file;
+}
+async function attach(file) {
+  const chip = $('#coming').content.firstElementChild.cloneNode(true), form = new FormData();
+  const asked = new XMLHttpRequest();
+  $('b', chip).textContent = $('progress', chip).ariaLabel = file.name;
+  chip.asked = asked;
+  files.append(chip);
+  form.append('upload', await scaled(file), file.name);
+  if (!chip.isConnected) return;
+  asked.upload.onprogress = e => { $('progress', chip).value = e.loaded / e.total; };
+  asked.onloadend = () => {
+    if (!chip.isConnected) return;
+    if (asked.status === 200) chip.outerHTML = asked.responseText; else chip.remove();
+    if (asked.status !== 200) notice(asked.responseText || `“${file.name}” was not sent: Parley can not be reached.`);
+    else announce(`${file.name} is attached.`);
+    if (waiting && !$('progress', files)) { waiting = false; composer.requestSubmit($('.send')); }
+  };
+  asked.open('POST', '/files');
+  asked.setRequestHeader('HX-Request', 'true');
+  asked.send(form);
+}
+const attachAll = list => { notice(''); for (const file of list) attach(file); };
+upload.addEventListener('change', () => { attachAll([...upload.files]); upload.value = ''; });
+on('paste', e => {
+  if (!e.clipboardData.files.length || e.clipboardData.types.includes('text/plain')) return;
+  e.preventDefault();
+  attachAll(e.clipboardData.files);
+});
+const dropping = by => { inside = by && Math.max(0, inside + by); document.body.classList.toggle('dropping', inside); };
+const carries = e => e.dataTransfer?.types.includes('Files');
+on('dragenter', e => { if (carries(e)) dropping(1); });
+on('dragleave', e => { if (carries(e)) dropping(-1); });
+on('dragover', e => { if (carries(e)) e.preventDefault(); });
+on('drop', e => {
+  dropping(0);
+  if (!carries(e)) return;
+  e.preventDefault();
+  attachAll(e.dataTransfer.files);
+});
 
 // The palette: what the sidebar lists and every control that names its action, found by words at once; then, from the
 // server, titles and messages.
@@ -3776,7 +4077,6 @@ OVER_HTTP, AT_HOME = {b'referrer-policy': b'same-origin'}, r'(localhost|127\.0\.
 OPEN = re.compile('/login|/healthz|/assets/[^/]+')  # what needs no session; the manifest is one of the assets
 FORMS = ('application/x-www-form-urlencoded', 'multipart/form-data')
 REQUEST = contextvars.ContextVar('the id of the request that is being answered', default=None)
-LARGE = {'/import': 'max_import_bytes'}  # where who is signed in may send a file, and the setting that bounds it
 DAY, SMALL, LOUDEST = 86_400, 65_536, 1_024  # seconds; bytes that a stranger may send freely; bytes of a password
 
 def scrypt(password: bytes, salt: bytes, log_n=15, r=8, p=3) -> str:
@@ -3865,11 +4165,14 @@ class Door:
         return PlainTextResponse('Sign in first.', 403) if socket else self.for_strangers(scope, headers, path, reads)
 
     def most(self, scope) -> int:
-        "How many bytes a request may bring: a file as many as there is room for, too."
-        large = LARGE.get(scope['path']) if scope['owner'] and 'content-length' in Headers(scope=scope) else None
-        if not large: return self.settings.max_body_bytes
-        room = shutil.disk_usage(self.store.file.parent).free - self.settings.min_free_bytes
-        return min(getattr(self.settings, large), max(room, self.settings.max_body_bytes))
+        "How many bytes a request may bring; of somebody who is signed in also files, as far as there is room."
+        headers, limits = Headers(scope=scope), self.settings
+        most = limits.max_body_bytes + limits.max_files * limits.max_file_bytes
+        if scope['path'] == '/import': most = limits.max_import_bytes
+        files = headers.get('content-type', '').startswith(FORMS[1]) and 'content-length' in headers
+        if not files or not scope['owner']: return limits.max_body_bytes
+        room = shutil.disk_usage(self.store.file.parent).free - limits.min_free_bytes
+        return min(most, max(room, limits.max_body_bytes))
 
     def for_strangers(self, scope, headers, path, reads):
         "Open paths, else the way to the login page: with where one was going, and with what one had typed."
@@ -4026,12 +4329,28 @@ async def form_of(req: Request) -> dict[str, str]:
     if 'multipart' in req.headers.get('content-type', ''):
         form = {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
     else:
-        body = await req.body()
-        try: form = dict(parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=20))
+        body, most = await req.body(), 20 + parley(req).settings.max_files
+        try: form = dict(parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=most))
         except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
     most = parley(req).settings.max_field_chars
     if all(len(value) <= most for name, value in form.items() if name not in ('message', 'system')): return form
     raise Refused(413, 'A field of this form is too long.', form.get('message', ''))
+
+async def files_of(req: Request) -> list[dict]:
+    """The files that a form brings or names, as blocks; also at `req.state.files`, even if some are refused.
+    Raises `Refused` as `Turns.attach` does, 422 when one is not here, 413 for too many."""
+    form, here, most, refusals = await req.form(), parley(req), parley(req).settings.max_files, []
+    names = [value.partition(' ')[::2] for value in form.getlist('file') if isinstance(value, str)][:most + 1]
+    found = [file | {'name': file_name(file['name'])} for file in await here.store.named(owner(req), names)]
+    if len(found) < len(names): refusals.append(Refused(422, 'A file is not here any more: attach it again.'))
+    for part in form.getlist('upload')[:most + 1]:
+        if isinstance(part, str) or not part.filename and not part.size: continue
+        try: found.append(await here.turns.attach(owner(req), part.filename or '', await part.read()))
+        except Refused as no: refusals.append(no)
+    req.state.files = found[:most]
+    if len(found) > most: refusals.append(Refused(413, f'{most} files can go with one message.'))
+    if refusals: raise Refused(refusals[0].status, ' '.join(no.words for no in refusals))
+    return found
 
 async def bubble(req, message, make=Reply):
     "The bubble of a message as it is now, running or not."
@@ -4096,7 +4415,7 @@ async def begin(req):
     form, here = await form_of(req), parley(req)
     choices = choices_in(req, form) if 'model' in form else None
     question, reply = await here.turns.ask(owner(req), None, form.get('message', ''), form.get('key') or None, choices,
-                                           after=form.get('after'))
+                                           after=form.get('after'), files=await files_of(req))
     conversation, _ = await parley(req).store.path(owner(req), reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
     return await sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
@@ -4168,8 +4487,9 @@ async def fragment(req, conversation_id: str, idx: int):
 async def ask(req, conversation_id: str):
     form, here = await form_of(req), parley(req)
     if 'model' in form and not by_htmx(req): await keep(req, form, conversation_id)  # else each was kept as it changed
+    files = await files_of(req)
     try: return await sent(req, *await here.turns.ask(owner(req), conversation_id, form.get('message', ''),
-                                                      form.get('key') or None, after=form.get('after')))
+                                                      form.get('key') or None, after=form.get('after'), files=files))
     except Refused as no:
         if no.words != ELSEWHERE or not by_htmx(req): raise
         _, path = await here.store.path(owner(req), conversation_id, last=SHOWN)
@@ -4193,6 +4513,17 @@ async def choose_branch(req, conversation_id: str):
 async def fork(req, conversation_id: str):
     copy = await parley(req).turns.fork(owner(req), conversation_id, (await form_of(req)).get('at'))
     return RedirectResponse(show.to(conversation_id=copy), 303)
+
+@rt.post('/files')
+async def attach(req): return tuple(map(Chip, await files_of(req)))
+
+@rt.get('/files/{sha}')
+async def serve_file(req, sha: str):
+    "A file as what its bytes are: an image to look at, anything else to download, and nothing in it runs."
+    kind, content = await parley(req).store.content(owner(req), sha)
+    return Response(content, media_type=kind, headers={
+        'content-disposition': 'inline' if kind in IMAGES else 'attachment', 'cache-control': 'private, max-age=3600',
+        'content-security-policy': "sandbox; default-src 'none'"})
 
 @rt.post('/c/{conversation_id}/stop')
 async def stop(req, conversation_id: str):
@@ -4378,10 +4709,11 @@ async def refused(req, error):
     typed = typed or form.get('message', '')
     listed = []
     with contextlib.suppress(Unusable): listed = await parley(req).store.conversations(owner(req))
-    words = None if typed else Div(H2(error.words), P(A('A new conversation', href='/')), id='empty')
-    notice = error.words if typed else ''  # beside the text that is still there, or in the middle of an empty page
+    files = getattr(req.state, 'files', ())
+    words = None if typed or files else Div(H2(error.words), P(A('A new conversation', href='/')), id='empty')
+    notice = '' if words else error.words  # beside the text that is still there, or in the middle of an empty page
     return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice,
-                                    at=form.get('at'))), error.status, headers)
+                                    at=form.get('at'), files=files)), error.status, headers)
 
 # %%
 if NOTEBOOK:
@@ -4460,7 +4792,7 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
         store.close()
 
     app = FastHTML(lifespan=lifespan, default_hdrs=False, canonical=False, sess_cls=None,
-                   secret_key=settings.session_secret or store.secret(),
+                   secret_key=settings.session_secret or store.secret(), max_part_size=settings.max_body_bytes,
                    middleware=[Middleware(GZipMiddleware, minimum_size=1000)])
     door = Door(app, settings, store)
     app.state.parley = Parley(settings, store, claude, turns, Shelf(), door)

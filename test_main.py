@@ -1725,6 +1725,209 @@ def small_socket(port):
     return sock
 
 
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+def chunk(kind, data=b''): return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+def png(width=3, height=2, noise=b'', end=b'\0\0\0\0IEND\xaeB`\x82'):
+    head = width.to_bytes(4) + height.to_bytes(4) + b'\x08\2\0\0\0'
+    rows = zlib.compress(b'\0' * (3 * width + 1) * height) if width * height < 10**7 else b''
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', rows) + noise + end
+
+def gif(width=3, height=2, more=b''):
+    return b'GIF89a' + width.to_bytes(2, 'little') + height.to_bytes(2, 'little') + b'\0\0\0' + more + b';'
+def webp(kind, data):
+    return b'RIFF' + (12 + len(data)).to_bytes(4, 'little') + b'WEBPVP8' + kind + len(data).to_bytes(4, 'little') + data
+def jpeg(width=3, height=2, before=b'\xff\xe0\0\4ab\xff\xff\xc4\0\2'):
+    return (b'\xff\xd8' + before + b'\xff\xc2\0\x11\x08' + height.to_bytes(2) + width.to_bytes(2) + b'\3' * 10
+            + b'\xff\xd9')
+
+PAPER, SVG = b'%PDF-1.7\n1 0 obj\n<<>>\nendobj\n%%EOF\n', b'<svg xmlns="http://www.w3.org/2000/svg"><script/></svg>'
+WEBPS = [webp(b'X', bytes(4) + b'\2\0\0\1\0\0'), webp(b'L', b'\x2f\2\x40\0\0'),
+         webp(b' ', b'\0\0\0\x9d\1\x2a\3\0\2\0')]
+HTML = b'<!doctype html><script>alert(1)</script>'
+
+@pytest.mark.parametrize('content, kind', [
+    (png(), 'image/png'), (gif(), 'image/gif'), (jpeg(), 'image/jpeg'), *((each, 'image/webp') for each in WEBPS),
+    (PAPER, 'application/pdf'), (SVG, 'text/plain'), (HTML, 'text/plain'), ('Grüße 🎉\r\n'.encode(), 'text/plain'),
+    (b'\xef\xbb\xbfwith a mark', 'text/plain'), (png(noise=chunk(b'tEXt', HTML)), 'image/png'),
+    (png() + PAPER, 'image/png'), (PAPER + HTML, 'application/pdf'), (HTML + PAPER, 'text/plain'),
+    (gif(more=b'/*' + HTML + b'*/=1'), 'image/gif'), (png(8_000, 6_250), 'image/png')])
+def test_a_file_is_what_its_bytes_are(content, kind): assert main.kind_of(content) == kind
+
+@pytest.mark.parametrize('content, status, says', [
+    (b'', 422, 'empty'), (b' \n\t', 422, 'empty'), (bytes(9), 422, 'empty'), (png(end=b''), 422, 'no whole image'),
+    (png()[:20], 422, 'no whole image'), (gif()[:-1], 422, 'no whole image'), (WEBPS[0][:-1], 422, 'no whole image'),
+    (jpeg()[:9], 422, 'no whole image'), (b'\xff\xd8' + b'\xff\xe0\0\2' * 5_000, 422, 'no whole image'),
+    (png(0, 9), 422, 'no whole image'), (png(100_000, 100_000), 413, '100,000 × 100,000'),
+    (png(7_999, 7_999), 413, '50 million'), (jpeg(65_535, 1), 413, '65,535'), (gif(0x2f2a, 0x2f2a), 413, 'pixels'),
+    (png(noise=bytes(4_000_000)), 413, '3.9 MB'), (b'%PDF-1.7 cut', 422, 'no whole PDF'),
+    (PAPER.replace(b'<<>>', b'<</Encrypt 5 0 R>>'), 422, 'password'), (b'MZ\x90\0\3', 415, 'only PNG'),
+    (b'\xff\xfeH\0i\0', 415, 'UTF-8'), (b'caf\xe9', 415, 'UTF-8'), (b'\1\2\3\4 text', 415, 'only'),
+    (b'PK\3\4' + bytes(30), 415, 'only'), (b'\x1f\x8b\x08', 415, 'only')])
+def test_a_file_that_can_not_be_read_is_refused_in_words(content, status, says):
+    with pytest.raises(main.Refused) as no: main.kind_of(content)
+    assert no.value.status == status and says in no.value.words
+
+@pytest.mark.parametrize('said, name', [
+    ('photo.png', 'photo.png'), ('../../etc/passwd', 'passwd'), ('C:\\Users\\me\\a b.txt', 'a b.txt'), ('', 'file'),
+    ('a\r\nSet-Cookie: x\0.png', 'aSet-Cookie: x.png'), ('gpj\u202e.exe\ud800', 'gpj.exe'), ('..', 'file'),
+    ('x' * 300 + '.pdf', 'x' * 80 + '…' + 'x' * 15 + '.pdf'), ('<b>"', '<b>"')])
+def test_the_name_of_a_file_is_only_a_name(said, name): assert main.file_name(said) == name
+
+SEER, PLAINER = can('claude-seer-1', image_input=1, pdf_input=1, citations=1), can('claude-bare-1')
+
+@pytest.fixture(scope='module')
+def desk(tmp_path_factory):
+    "A site whose first model reads images and PDFs, with little room for files."
+    upstream = Upstream()
+    upstream.models = [[SEER, PLAINER]]
+    desk = Site(tmp_path_factory.mktemp('desk'), upstream, model='claude-seer-1', max_file_bytes=40_000, max_files=3,
+                max_files_bytes=100_000, max_body_bytes=60_000, max_message_chars=1_000)
+    assert eventually(lambda: models_of(desk))
+    yield desk
+    desk.stop()
+
+def upload(me, *files, path='/files', headers={'HX-Request': 'true'}, **form):  # noqa: B006
+    return me.http.post(path, files=[('upload', file) for file in files], data=form, headers=headers)
+def chips(answer):
+    assert answer.status_code == 200, answer.text
+    return [n.attrs['value'] for n in Page(answer.text).root.all(lambda n: n.attrs.get('name') == 'file')]
+def attached(me, *files): return chips(upload(me, *files))
+def pixels(name='a.png', seed=0): return name, png(noise=chunk(b'tEXt', b'%d' % seed))
+
+def test_files_are_sent_as_blocks_before_the_words(desk):
+    me, one = desk.person(), pixels(seed=1)
+    files = attached(me, one, ('b.txt', b'caf\xc3\xa9'), ('c.pdf', PAPER))
+    chat = me.ask(question := desk.upstream.says('Fine.'), file=files)
+    chat.ended()
+    shown = [n.attrs for n in Page(chat.page()).root.find('msg-0').walk() if n.tag in ('a', 'img')]
+    assert [(a.get('alt'), a.get('download')) for a in shown[:4]] == [
+        (None, None), ('a.png', None), (None, 'b.txt'), (None, 'c.pdf')]
+    def of(kind, data): return {'type': 'base64', 'media_type': kind, 'data': base64.b64encode(data).decode()}
+    cited = {'citations': {'enabled': True}}
+    first = [{'type': 'image', 'source': of('image/png', one[1])},
+             {'type': 'document', 'title': 'b.txt', **cited,
+              'source': {'type': 'text', 'media_type': 'text/plain', 'data': 'café'}},
+             {'type': 'document', 'title': 'c.pdf', **cited, 'source': of('application/pdf', PAPER)},
+             {'type': 'text', 'text': question}]
+    assert body(desk, question)['messages'] == [{'role': 'user', 'content': first}]
+    chat.say(again := desk.upstream.says('Yes.'), file=files[:1]).ended(), chat.retry().ended()
+    for call in desk.upstream.called(again):
+        assert call.body['messages'][0]['content'] == first
+        assert call.body['messages'][2]['content'] == [
+            {'type': 'text', 'text': '(The file “a.png” is one of those above.)'}, {'type': 'text', 'text': again}]
+
+def test_a_model_is_not_sent_what_it_can_not_read(desk, site):
+    me = desk.person()
+    files = attached(me, pixels(seed=2), ('b.txt', b'words'), ('c.pdf', PAPER))
+    me.ask(question := desk.upstream.says('Hm.'), file=files, model='claude-bare-1').ended()
+    told = [{'type': 'text', 'text': f'(The file “{name}” can’t be read by this model.)'} for name in ('a.png', 'c.pdf')]
+    text = {'type': 'text', 'media_type': 'text/plain', 'data': 'words'}
+    sent = desk.upstream.calls[-1].body['messages'][0]['content']
+    assert sent.pop()['text'] == question and sent == [told[0], {'type': 'document', 'title': 'b.txt', 'source': text}, told[1]]
+    plain = main.as_sent({'kind': 'text/plain', 'name': 'b', 'sha': 's'}, {'s': 'words'}, main.Model('local'), set())
+    assert plain == {'type': 'text', 'text': 'b:\n\nwords'}
+
+def test_what_does_not_fit_or_is_not_here_is_said(desk):
+    me = desk.person()
+    files = attached(me, ('old.txt', b'o' * 70), ('new.txt', b'n' * 70))
+    store, shas = desk.door.state.parley.store, [each.split()[0] for each in files]
+    sent = asyncio.run(store.to_send('owner', [shas[1], shas[0], 'f' * 64], 100))
+    assert sent == {shas[1]: 'n' * 70, shas[0]: None}
+    def said(sha): return main.as_sent({'kind': 'text/plain', 'name': 'x', 'sha': sha}, sent, main.Model('m'), set())['text']
+    assert 'left out' in said(shas[0]) and 'not here' in said('f' * 64) and 'not here' in said(None)
+
+def test_a_file_is_kept_once_and_goes_with_what_refers_to_it(desk):
+    me, file = desk.person(), pixels(seed=3)
+    value, = attached(me, file)
+    assert attached(me, ('other name.jpg', file[1])) == [value.split()[0] + ' other name.jpg']
+    sha = value.split()[0]
+    chats = [me.ask(desk.upstream.says('x'), file=value) for _ in range(2)]
+    for chat in chats: chat.ended()
+    def kept(): return rows(desk.db, f"select count(*) from file where sha = '{sha}'") == [[1]]
+    def forget(chat): python(FORGET, desk.db, chat.id)
+    forget(chats[0])
+    assert kept() and me.get(f'/files/{sha}').status_code == 200
+    forget(chats[1])
+    assert not kept() and me.get(f'/files/{sha}').status_code == 404
+    assert rows(desk.db, f"select count(*) from attached where sha = '{sha}'") == [[0]]
+    unsent, = attached(me, pixels(seed=4))
+    python(CHANGE, desk.db, 'update attached set created = created - 90000 where message is null')
+    attached(me, pixels(seed=5))
+    assert me.get(f'/files/{unsent.split()[0]}').status_code == 404
+
+FORGET = '''import sqlite3, sys
+with sqlite3.connect(sys.argv[1], timeout=5) as db:
+    db.create_function('spaced', 1, lambda text: text, deterministic=True)
+    db.execute('pragma foreign_keys = on'); db.execute('delete from conversation where id = ?', sys.argv[2:])'''
+
+@pytest.mark.parametrize('file, kind', [
+    (pixels('page.html', 6), 'image/png'), (('evil.png', SVG), 'text/plain'), (('evil.pdf', HTML), 'text/plain'),
+    (('x.html', PAPER), 'application/pdf')])
+def test_a_file_is_served_as_what_it_is_and_nothing_in_it_runs(desk, file, kind):
+    me = desk.person()
+    value, = attached(me, file)
+    got = me.get('/files/' + value.split()[0])
+    assert got.content == file[1] and got.headers['content-type'].split(';')[0] == kind
+    assert got.headers['content-disposition'] == ('inline' if kind == 'image/png' else 'attachment')
+    assert got.headers['x-content-type-options'] == 'nosniff' and 'private' in got.headers['cache-control']
+    assert got.headers['content-security-policy'] == "sandbox; default-src 'none'"
+
+def test_a_file_is_only_its_owners(desk, house, stranger):
+    me = desk.person()
+    value, = attached(me, pixels(seed=7))
+    python(CHANGE, desk.db, f"update attached set owner = 'somebody else' where sha = '{value.split()[0]}'")
+    assert me.get('/files/' + value.split()[0]).status_code == 404 == me.get('/files/' + '0' * 64).status_code
+    refused = me.post('/', message='steal', file=value)
+    assert refused.status_code == 422 and 'not here any more' in refused.text
+    assert stranger.get('/files/' + '0' * 64).status_code in (303, 401)
+    assert upload(stranger, pixels()).status_code == 401
+    assert stranger.http.post('/files', content=bytes(5_000_000), headers={'content-type': FORM_DATA}).status_code == 413
+
+FORM_DATA = 'multipart/form-data; boundary=x'
+
+@pytest.mark.parametrize('files, status, says', [
+    ([('x.exe', b'MZ\0')], 415, '“x.exe” can’t be attached'), ([('x', b'')], 422, 'it is empty'),
+    ([('../<b>.txt', b'\0')], 422, '“<b>.txt”'), ([('big.txt', b'x' * 40_001)], 413, '40 KB'),
+    ([pixels(f'{n}.png', n) for n in range(4)], 413, '3 files'), ([('bomb.png', png(60_000, 60_000))], 413, 'pixels'),
+    ([(f'{n}.txt', b'%d' % n * 35_000) for n in range(3)], 413, 'files take up')])
+def test_a_limit_of_files_answers_in_words(desk, files, status, says):
+    no = upload(desk.person(), *files)
+    assert no.status_code == status and says in no.text and no.headers['content-type'].startswith('text/plain')
+
+def test_a_hundred_megabytes_are_refused_early(desk):
+    me = desk.person()
+    def flood():
+        yield b'--x\r\ncontent-disposition: form-data; name="upload"; filename="a"\r\n\r\n'
+        for _ in range(1_600): yield bytes(65_536)
+    def send(content): return me.http.post('/files', content=content, headers={'content-type': FORM_DATA})
+    with contextlib.suppress(httpx.HTTPError): assert send(flood()).status_code == 413      # or hangs up
+    answer = asked_raw(desk.url, 'POST /files HTTP/1.1', f'Host: {urlsplit(desk.url).netloc}', f'Origin: {desk.url}',
+                       f'Content-Type: {FORM_DATA}', 'Content-Length: 104857600')
+    assert ' 413 ' in answer.splitlines()[0] and 'too much here' in answer
+    assert me.get('/healthz').json() == {'ok': True}
+
+def test_files_are_paced(new_site):
+    me = new_site(files_per_hour=1).person()
+    assert attached(me, pixels()) and upload(me, pixels()).status_code == 429
+
+def test_without_a_script_files_go_with_the_message_and_nothing_is_lost(desk):
+    me = desk.person()
+    no = upload(me, pixels('good.png', 8), ('bad.exe', b'MZ\0'), path='/', headers={}, message='  typed\n', key='k8')
+    page = Page(no.text)
+    assert no.status_code == 415 and '“bad.exe” can’t' in page.root.find('notice').text
+    assert page.root.find('message').text == '\n  typed\n'       # a browser leaves out the first line break
+    value, = (n.attrs['value'] for n in page.root.all(lambda n: n.attrs.get('name') == 'file'))
+    question = desk.upstream.says('Seen.')
+    sent = upload(me, ('', b''), path='/', headers={}, message=question, key='k8', file=value,
+                  model='claude-seer-1')
+    assert sent.status_code == 303
+    Chat(me, sent.headers['location'].rpartition('/')[2], '').ended()
+    assert [b['type'] for b in body(desk, question)['messages'][0]['content']] == ['image', 'text']
+    alone = Chat(me, upload(me, pixels('alone.png', 9), path='/', headers={}, message=' ').headers['location'][3:], '')
+    assert alone.ended()['status'] == 'done' and me.get(f'/c/{alone.id}').text.count('<title>alone.png') == 1
+
+
 # ---- Words: tables, properties, an oracle; nothing is timed, work is counted in characters parsed --------------------
 
 SAYINGS = [case for case in CORPUS if case.get('enc') in (None, 'repeat') and spelled(case).strip() and case['where'] in
@@ -3998,6 +4201,80 @@ def test_an_import_is_followed_to_its_end_and_an_export_is_a_download(profile, n
     with zipfile.ZipFile(download.value.path()) as packed: assert len(packed.namelist()) == 3000 and not packed.testzip()
     with page.expect_download() as download: page.get_by_role('link', name='Download a backup').click()
     assert Path(download.value.path()).read_bytes()[:6] == b'SQLite' and not view.console
+
+# ---- The browser: files ---------------------------------------------------------------------------------------------
+
+# What a person drops or pastes: files in a DataTransfer, of bytes in base64.
+CARRY = '''([kind, files]) => {
+  const data = new DataTransfer()
+  for (const [name, type, bytes] of files)
+    data.items.add(new File([Uint8Array.from(atob(bytes), c => c.charCodeAt(0))], name, { type }))
+  const how = { bubbles: true, cancelable: true }, at = document.querySelector('#message')
+  if (kind === 'paste') return at.dispatchEvent(new ClipboardEvent('paste', { ...how, clipboardData: data }))
+  at.dispatchEvent(new DragEvent(kind, { ...how, dataTransfer: data }))
+}'''
+
+def carry(view, kind, *files):
+    view.page.evaluate(CARRY, [kind, [[name, type, base64.b64encode(data).decode()] for name, type, data in files]])
+def given(name, data, type=''): return {'name': name, 'mimeType': type, 'buffer': data}
+def waits(view, n): return view.eventually(lambda: view.page.locator('#files input[name=file]').count() == n)
+
+@pytest.fixture
+def seer(profile, desk):
+    view = View(profile(), desk.url)
+    view.page.select_option('#model', 'claude-seer-1', force=True)
+    yield view
+    assert not [said for said in view.console if 'status of 4' not in said] and view.hosts <= {desk.url}, view.console
+
+@browser_test
+def test_files_come_by_button_paste_and_drop_and_go_with_the_message(seer, desk):
+    page = seer.page
+    with page.expect_file_chooser() as chooser: seer.button('Attach files').first.click()
+    chooser.value.set_files([given('wide.png', png(1_600, 4), 'image/png'), given('notes.txt', b'some notes')])
+    assert waits(seer, 2)
+    carry(seer, 'paste', ('pasted.png', 'image/png', png(5, 6)))
+    carry(seer, 'dragenter', ('dropped.pdf', 'application/pdf', PAPER))
+    assert page.locator('body.dropping').count()
+    carry(seer, 'drop', ('dropped.pdf', 'application/pdf', PAPER), ('bad.exe', '', b'MZ\0'))
+    assert waits(seer, 4) and not page.locator('body.dropping').count()
+    assert seer.eventually(lambda: '“bad.exe” can’t be attached' in page.locator('#notice').inner_text())
+    assert 'attached' in said(seer)
+    seer.button('Remove notes.txt').click()
+    assert waits(seer, 3)
+    seer.send('What is this?').ends()
+    assert waits(seer, 0)
+    blocks = desk.upstream.calls[-1].body['messages'][0]['content']
+    assert [b['type'] for b in blocks] == ['image', 'image', 'document', 'text']
+    assert main.pixels('image/png', base64.b64decode(blocks[0]['source']['data'])) == (1_568, 4)
+    page.reload()
+    sizes = "[...document.querySelectorAll('#msg-0 img')].map(i => [i.alt, i.naturalWidth, i.naturalHeight])"
+    assert seer.eventually(lambda: page.evaluate(sizes) == [['wide.png', 1_568, 4], ['pasted.png', 5, 6]])
+    with page.expect_download() as download: page.locator('#msg-0').get_by_text('dropped.pdf').click()
+    assert download.value.suggested_filename == 'dropped.pdf'
+    assert Path(download.value.path()).read_bytes() == PAPER
+
+@browser_test
+def test_progress_is_shown_and_a_message_waits_for_its_files(seer, desk):
+    page, held = seer.page, []
+    page.route('**/files', lambda route: held.append(route))
+    page.set_input_files('#upload', [given('a.txt', b'one'), given('b.txt', b'two')])
+    assert seer.eventually(lambda: len(held) == 2) and page.locator('#files progress').count() == 2
+    seer.button('Remove').last.click()
+    seer.send('With a file')
+    assert seer.eventually(lambda: 'as soon as its files' in page.locator('#notice').inner_text())
+    assert not seer.bubble(0).count()
+    held[0].continue_()
+    seer.ends()
+    assert page.locator('#msg-0 .files li').all_inner_texts()[0].startswith('a.txt') and not seer.composer.input_value()
+
+@browser_test
+def test_a_model_that_can_not_read_a_file_is_warned_of(seer):
+    page = seer.page
+    page.set_input_files('#upload', given('a.png', png(), 'image/png'))
+    warning = page.get_by_text('The model can’t read this.')
+    assert waits(seer, 1) and not warning.is_visible()
+    page.select_option('#model', 'claude-bare-1', force=True)
+    assert seer.eventually(warning.is_visible)
 
 
 # ---- Look -----------------------------------------------------------------------------------------------------------
