@@ -258,7 +258,7 @@ class Conversation:
 class Message:
     """One message. `idx` is its depth on the path from 0; `content` is the exact Markdown that people see and search;
     `note` says how it ended; `blocks` are the API's content blocks when there is more to send back than `content`; of a
-    question its files, {'type': 'file', 'sha', 'name', 'kind', 'size'}, without `sha` when the bytes are not here."""
+    question its files, {'type': 'file', 'sha', 'name', 'kind', 'size'}, `sha` is None where the bytes are not here."""
     id: int
     conversation: str
     owner: str
@@ -814,6 +814,9 @@ class Store:
             parent = None if message['parent'] is None else placed[message['parent']]
             if same := here.get((parent, message['role'], message['created'])): placed.append(same.pop())
             else:
+                for file in message.get('blocks', ()):  # of a file whose bytes are not here only the name is kept
+                    if file['type'] != 'file' or db.q(f'select 1 {MINE}', [file['sha'], owner]): continue
+                    file['sha'] = None
                 row = message | {'parent': parent, 'conversation': told['id'], 'owner': owner}
                 placed.append(self._insert(db, 'message', **row))
                 new += 1
@@ -1240,6 +1243,10 @@ def ours(told: dict, owner: str) -> dict:
         if parent is not None and (type(parent) is not int or not 0 <= parent < n):
             raise Refused(422, 'A message in this file follows one that is not before it.')
         if m['role'] not in ROLES or not all(isinstance(block['type'], str) for block in m['blocks']): raise TypeError
+        for file in message.get('blocks', ()):
+            if file['type'] != 'file': continue
+            if not isinstance(file['name'], str) or file['kind'] not in (*BEGINS, PLAIN_TEXT): raise TypeError
+            if type(file['size']) is not int or not isinstance(file['sha'], str | None): raise TypeError
         if m['status'] not in OVER: message |= {'status': 'interrupted', 'ended': message['created']}
         messages.append(message | {'parent': parent, 'idx': 0 if parent is None else messages[parent]['idx'] + 1})
     return checked(told, Conversation) | with_path(id, messages, messages and told['messages'][-1]['id'])
@@ -1571,7 +1578,7 @@ def history(path: list[Message], prefix='', model=Model(''), sent: Mapping[str, 
     def content(m):
         if m.status != 'done': return m.content
         if m.role == 'user' and m.blocks:
-            blocks = [as_sent(b, sent, model, before) if b.get('type') == 'file' else b for b in m.blocks]
+            blocks = [as_sent(b, sent, model, before) if b['type'] == 'file' else b for b in m.blocks]
             return blocks + [{'type': 'text', 'text': m.content}] * bool(m.content.strip())
         same = m.role == 'user' or m.meta.get('prefix') == prefix
         return [block for block in m.blocks if same or block.get('type') not in THOUGHTS] or m.content
@@ -2874,9 +2881,9 @@ def File(file):
     "A file: an image as itself, which leads to the whole of it, anything else as a name to download."
     name, place = file['name'], file.get('sha') and serve_file.to(sha=file['sha'])
     what = Span(f'{KINDS.get(file["kind"], "Image")}, {weight_in_words(file["size"])}', cls='what')
-    if not place: return Span(B(name), Span('not here any more', cls='what'), cls='name')
+    if not place: return Span(Span(name, cls='called'), Span('not here any more', cls='what'), cls='name')
     if file['kind'] in IMAGES: return A(Img(src=place, alt=name), href=place, target='_blank', title=name)
-    return A(Icon('page'), B(name), what, href=place, download=name, cls='name', title='Download')
+    return A(Icon('page'), Span(name, cls='called'), what, href=place, download=name, cls='name', title='Download')
 
 def Files(files): return Ul(*[Li(File(file)) for file in files], cls='files', aria_label='Files') if files else None
 
@@ -2893,7 +2900,8 @@ def Remove(name):
 
 def Coming():
     "A file on its way up, for the script to fill in."
-    return Template(Li(Span(B(), Progress(max=1, value=0), cls='name'), Remove('this file'), cls='chip'), id='coming')
+    name = Span(Span(cls='called'), Progress(max=1, value=0), cls='name')
+    return Template(Li(name, Remove('this file'), cls='chip'), id='coming')
 
 def Bubble(message, shown, notice='', **live):
     "A message. `shown` is its content as HTML; `live` are the attributes that keep it going while it is written."
@@ -3480,7 +3488,7 @@ body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) {
   padding: .375rem .75rem; border: 1px solid var(--line); border-radius: var(--round); text-decoration: none;
   color: var(--ink); max-width: 20rem; }
 .name svg { grid-row: span 2; color: var(--soft); } .name:not(:has(svg)) { grid-template-columns: 1fr; }
-.name b { font-weight: 500; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.called { font-weight: 500; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .what, .unread { font-size: var(--tiny); color: var(--soft); }
 .chip { display: flex; align-items: center; gap: .25rem; } .chip .name { max-width: 15rem; }
 .chip progress { width: 6rem; accent-color: var(--accent); }
@@ -3909,7 +3917,7 @@ async function scaled(file) {
 async function attach(file) {
   const chip = $('#coming').content.firstElementChild.cloneNode(true), form = new FormData();
   const asked = new XMLHttpRequest();
-  $('b', chip).textContent = $('progress', chip).ariaLabel = file.name;
+  $('.called', chip).textContent = $('progress', chip).ariaLabel = file.name;
   chip.asked = asked;
   files.append(chip);
   form.append('upload', await scaled(file), file.name);

@@ -1927,6 +1927,32 @@ def test_without_a_script_files_go_with_the_message_and_nothing_is_lost(desk):
     alone = Chat(me, upload(me, pixels('alone.png', 9), path='/', headers={}, message=' ').headers['location'][3:], '')
     assert alone.ended()['status'] == 'done' and me.get(f'/c/{alone.id}').text.count('<title>alone.png') == 1
 
+def test_edit_fork_export_and_import_keep_the_files(desk):
+    me, file = desk.person(), pixels('kept.png', 10)
+    value, = attached(me, file)
+    chat = me.ask(desk.upstream.says('x'), file=value, model='claude-seer-1')
+    chat.ended()
+    question = bubbles(chat.page())[0].attrs
+    at = rows(desk.db, f"select id from message where conversation = '{chat.id}' and role = 'user'")[0][0]
+    assert question['id'] == 'msg-0' and chat.post('/edit', message='Once more', at=at).status_code == 200
+    chat.ended()
+    assert [b['type'] for b in desk.upstream.calls[-1].body['messages'][0]['content']] == ['image', 'text']
+    copy = chat.post('/fork', at=at, htmx=False).headers['location'].rpartition('/')[2]
+    python(FORGET, desk.db, chat.id)
+    assert me.get('/files/' + value.split()[0]).status_code == 200 and '/files/' in me.get(f'/c/{copy}').text
+    told = me.get(f'/c/{copy}.json').content
+    python(FORGET, desk.db, copy)
+    assert me.get('/files/' + value.split()[0]).status_code == 404
+    def bring(content): return me.http.post('/import', files={'file': ('a.json', content)}, headers={'HX-Request': 'true'})
+    assert bring(told).status_code == 200
+    page = me.get(f'/c/{copy}').text
+    assert 'not here any more' in page and 'kept.png' in page and '/files/' not in page
+    for odd in ({'name': 5}, {'kind': 'text/html'}, {'size': '1'}, {'sha': 7}):
+        block = {'type': 'file', 'sha': 'x', 'name': 'n', 'kind': 'text/plain', 'size': 1} | odd
+        message = json.loads(told)['messages'][0] | {'blocks': [block]}
+        assert bring(json.dumps(json.loads(told) | {'id': f'odd{number()}', 'messages': [message], 'others': []})
+                     ).status_code == 422
+
 
 # ---- Words: tables, properties, an oracle; nothing is timed, work is counted in characters parsed --------------------
 
