@@ -1133,7 +1133,8 @@ def exported(conversation: Conversation, tree: list[Message]) -> dict:
 def as_text(told: dict) -> bytes: return json.dumps(told, ensure_ascii=False, sort_keys=True).encode() + b'\n'
 
 def as_document(conversation: Conversation, path: list[Message]) -> str:
-    parts = [f'# {conversation.title}', *[f'## {"You" if m.role == "user" else "Claude"}\n\n{m.content}' for m in path]]
+    def text(m): return '\n\n'.join([f'[Attached: {b["name"]}]' for b in m.blocks if b['type'] == 'file'] + [m.content])
+    parts = [f'# {conversation.title}', *[f'## {"You" if m.role == "user" else "Claude"}\n\n{text(m)}' for m in path]]
     return '\n\n'.join(parts) + '\n'
 
 class Outbox(io.BytesIO):
@@ -3934,6 +3935,16 @@ async function attach(file) {
   asked.setRequestHeader('HX-Request', 'true');
   asked.send(form);
 }
+// What is attached and not sent survives a reload of its tab, as ids that the server turns into chips again.
+let drawer = 'files:' + location.pathname;
+const ids = JSON.parse(sessionStorage.getItem(drawer)) || [];
+if (ids.length && !files.children.length)
+  htmx.ajax('POST', '/files', { source: '#files', target: '#files', swap: 'beforeend', values: { file: ids } });
+new MutationObserver(() => {
+  sessionStorage.removeItem(drawer);
+  drawer = 'files:' + location.pathname;
+  sessionStorage.setItem(drawer, JSON.stringify($$('[name=file]', files).map(input => input.value)));
+}).observe(files, { childList: true });
 const attachAll = list => { notice(''); for (const file of list) attach(file); };
 upload.addEventListener('change', () => { attachAll([...upload.files]); upload.value = ''; });
 on('paste', e => {

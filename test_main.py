@@ -1940,6 +1940,7 @@ def test_edit_fork_export_and_import_keep_the_files(desk):
     copy = chat.post('/fork', at=at, htmx=False).headers['location'].rpartition('/')[2]
     python(FORGET, desk.db, chat.id)
     assert me.get('/files/' + value.split()[0]).status_code == 200 and '/files/' in me.get(f'/c/{copy}').text
+    assert '## You\n\n[Attached: kept.png]\n\nquestion' in me.get(f'/c/{copy}.md').text.replace('Once more', 'question')
     told = me.get(f'/c/{copy}.json').content
     python(FORGET, desk.db, copy)
     assert me.get('/files/' + value.split()[0]).status_code == 404
@@ -4267,12 +4268,16 @@ def test_files_come_by_button_paste_and_drop_and_go_with_the_message(seer, desk)
     assert 'attached' in said(seer)
     seer.button('Remove notes.txt').click()
     assert waits(seer, 3)
+    page.reload()
+    page.select_option('#model', 'claude-seer-1', force=True)
+    assert waits(seer, 3)
     seer.send('What is this?').ends()
     assert waits(seer, 0)
     blocks = desk.upstream.calls[-1].body['messages'][0]['content']
     assert [b['type'] for b in blocks] == ['image', 'image', 'document', 'text']
     assert main.pixels('image/png', base64.b64decode(blocks[0]['source']['data'])) == (1_568, 4)
     page.reload()
+    assert seer.composer.is_visible() and not page.locator('.chip').count()
     sizes = "[...document.querySelectorAll('#msg-0 img')].map(i => [i.alt, i.naturalWidth, i.naturalHeight])"
     assert seer.eventually(lambda: page.evaluate(sizes) == [['wide.png', 1_568, 4], ['pasted.png', 5, 6]])
     with page.expect_download() as download: page.locator('#msg-0').get_by_text('dropped.pdf').click()
