@@ -44,7 +44,7 @@ import unicodedata
 import zipfile
 import zlib
 from base64 import urlsafe_b64encode
-from collections import ChainMap, Counter, deque
+from collections import ChainMap, Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -61,9 +61,10 @@ import httpx2
 import nh3
 import uvicorn
 from fastcore.xml import NotStr
-from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Dialog, Div, Dl, Dt, Footer, Form, Head,
-                                 Header, Html, Img, Input, Kbd, Label, Li, Link, Main, Mark, Meta, Nav, Noscript,
-                                 Optgroup, Option, P, Progress, Script, Select, Span, Template, Textarea, Time, Title,
+from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Details, Dialog, Div, Dl, Dt, Footer,
+                                 Form, Head, Header, Html, Img, Input, Kbd, Label, Li, Link, Main, Mark, Meta, Nav,
+                                 Noscript, Optgroup, Option, P, Progress, Script, Select, Span, Summary, Template,
+                                 Textarea, Time, Title,
                                  Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
@@ -142,6 +143,7 @@ class Settings:
     max_reply_chars: int = setting(2_000_000, 'where an endless reply is cut', low=1, high=50_000_000)
     titles: str = setting('on', 'on or off: a short title by Claude after the first answer')
     max_title_chars: int = setting(60, 'the longest title', low=2, high=400)
+    trash_days: float = setting(30.0, 'how long what was deleted stays in the trash', low=0.001, high=3650)
     max_system_chars: int = setting(20_000, 'the longest system prompt', low=1, high=1_000_000)
     max_prompts: int = setting(200, 'saved prompts of one person', low=1, high=10_000)
     max_field_chars: int = setting(1_024, 'the longest field of a form that is not a message', low=50, high=10_000)
@@ -253,6 +255,13 @@ class Conversation:
     trashed: float | None = None  # since when it is in the trash
     seen: float = 0  # when a person last looked at it
     choices: dict = field(default_factory=dict)  # what was chosen for it: model, system prompt, tools …
+    answered: float = 0  # when its newest reply ended
+    running: bool = False  # a reply is being written; told in the list only
+
+    @property
+    def unread(self): return self.answered > self.seen and not self.running
+    @property
+    def cursor(self): return self.pinned, self.updated, self.id  # its place in the list
 
 @dataclass
 class Message:
@@ -314,6 +323,7 @@ class Hit:
 
 OWNER = 'owner'  # one person for now; every row carries it, so that there can be more
 RUNNING = 'streaming'
+DAY = 86_400  # seconds
 STOPPED = 'Parley was stopped while this was being written.'
 STILL_WRITING = 'A reply is still being written: stop it or wait.'
 ELSEWHERE = 'This conversation has gone on elsewhere. Your text is not sent yet: read first, then send it again.'
@@ -324,6 +334,9 @@ class Refused(Exception):
     def __init__(self, status: int, words: str, typed: str = '', retry_after: int | None = None):
         super().__init__(words)
         self.status, self.words, self.typed, self.retry_after = status, words, typed, retry_after
+
+class Trashed(Refused):
+    "The conversation is in the trash."
 
 class Unusable(Exception):
     "The database can't be used; the text says why in one line, without SQL and without values."
@@ -380,8 +393,11 @@ ENDLESS = 1 << 60  # deeper than any path
 TEXT = """content || coalesce((select group_concat(text, '' order by seq) from piece
                                where message = m.id and kind = 'text'), '')"""
 MINE = 'from file where sha = ? and exists (select 1 from attached where owner = ? and sha = file.sha)'
+# a page of the list; `{}` is where the last one ended
+LISTED = '''select *, exists (select 1 from message where conversation = c.id and status = 'streaming') as running
+from conversation c where owner = ? and trashed is null {} order by pinned desc, updated desc, id desc limit ?'''
 PATH = f'''with recursive path(id) as (
-    select coalesce(:leaf, leaf) from conversation where id = :conversation and owner = :owner
+    select coalesce(:leaf, leaf) from conversation where id = :conversation and owner = :owner and trashed is null
     union all select m.parent from message m join path on m.id = path.id where m.idx > :first)
 select m.id, conversation, owner, parent, idx, role, {TEXT} as content, status, note, model, key, created, ended,
        blocks, meta, (select json_group_array(id order by id) from message
@@ -465,6 +481,9 @@ end;
 create trigger file_unused after delete on attached begin
     delete from file where sha = old.sha and not exists (select 1 from attached where sha = old.sha);
 end;
+alter table conversation add column answered float not null default 0;
+create index conversation_listed on conversation (owner, pinned, updated, id) where trashed is null;
+create index conversation_trashed on conversation (trashed) where trashed is not null;
 ''']
 
 # Scripts that put no spaces between words: each of their letters is a word, and a run of them a phrase.
@@ -745,10 +764,79 @@ class Store:
         db.conn.pragma('user_version', len(SCHEMA))
 
     @reads
-    def conversations(self, db, owner, limit=50) -> list[Conversation]:
-        "The newest conversations first."
-        rows = db.q('select * from conversation where owner = ? order by updated desc limit ?', [owner, limit])
-        return [as_row(row, Conversation) for row in rows]
+    def conversations(self, db, owner, after=None, limit=51) -> list[Conversation]:
+        """What is pinned first, then what was written in last; a further page begins `after` a `Conversation.cursor`.
+        A page of the list shows all but the last of these, which is there to say that there are more."""
+        match after:
+            case None: where, values = '', []
+            case None, updated, id: where, values = 'and pinned is null and (updated, id) < (?, ?)', [updated, id]
+            case pinned, *_: where, values = 'and (pinned < ? or pinned is null)', [pinned]
+        return [as_row(row, Conversation) for row in db.q(LISTED.format(where), [owner, *values, limit])]
+
+    @writes
+    def see(self, db, owner, conversation) -> bool:
+        "A person has looked at it; whether that is news."
+        db.execute('update conversation set seen = ? where id = ? and owner = ? and seen < answered',
+                   [time.time(), conversation, owner])
+        return bool(db.conn.changes())
+
+    @writes
+    def pin(self, db, owner, conversation, pinned: bool):
+        self._conversation(db, owner, conversation)
+        db.execute('update conversation set pinned = ? where id = ?', [time.time() if pinned else None, conversation])
+
+    @writes
+    def rename(self, db, owner, conversation, title) -> Conversation:
+        "A title by a person. Raises `Refused` 404, 422 blank, 413 too long."
+        title, most = re.sub(r'[\s\0-\x1f\x7f-\x9f]+', ' ', title).strip(), self.limits.max_title_chars
+        if not any(c.isprintable() and c != ' ' for c in title): raise Refused(422, 'A title needs a word or two.')
+        if len(title) > most: raise Refused(413, f'This title has {len(title):,} characters; {most} are allowed.')
+        db.execute('update conversation set title = ?, named = 2 where id = ?',
+                   [title, self._conversation(db, owner, conversation).id])
+        return self._conversation(db, owner, conversation)
+
+    @writes_durably
+    def trash(self, db, owner, conversation=None) -> float:
+        "Move a conversation to the trash, or all. Returns when, which `restore` takes."
+        now = time.time()
+        if conversation: self._conversation(db, owner, conversation)
+        where, values = ('id = ?', [conversation]) if conversation else ('owner = ?', [owner])
+        db.execute(f'update conversation set trashed = ? where {where} and trashed is null', [now, *values])
+        return now
+
+    @writes_durably
+    def restore(self, db, owner, conversation=None, since=None) -> int:
+        "Take a conversation from the trash, or all that were put there together. Returns how many."
+        db.execute('update conversation set trashed = null where owner = ? and (id = ? or trashed = ?) and trashed > ?',
+                   [owner, conversation, since, self.kept_since()])
+        return db.conn.changes()
+
+    @reads
+    def trashed(self, db, owner, limit=200) -> tuple[list[Conversation], int]:
+        "What was deleted last, and how much there is in all."
+        where = 'from conversation where owner = ? and trashed > ?'
+        rows = db.q(f'select * {where} order by trashed desc limit ?', [owner, self.kept_since(), limit])
+        count = db.q(f'select count(*) as n {where}', [owner, self.kept_since()])[0]['n']
+        return [as_row(row, Conversation) for row in rows], count
+
+    def kept_since(self): return time.time() - self.limits.trash_days * DAY
+
+    @writes_durably
+    def give_up(self, db, owner, conversation=None):
+        "Delete for ever what is in the trash, or one of it: nobody finds it any more, and `sweep` takes it away."
+        db.execute('update conversation set trashed = 0 where owner = ? and trashed is not null and id = ifnull(?, id)',
+                   [owner, conversation])
+
+    @writes
+    def sweep(self, db) -> bool:
+        "Take away a little of what was in the trash for too long. Returns whether there may be more."
+        old = db.q('''select id from conversation c where trashed <= ? and not exists
+            (select 1 from message where conversation = c.id and status = 'streaming') limit 1''', [self.kept_since()])
+        for row in old:
+            db.execute('delete from message where id in (select id from message where conversation = ? limit 500)',
+                       [row['id']])
+            if not db.conn.changes(): db.execute('delete from conversation where id = ?', [row['id']])
+        return bool(old)
 
     @reads
     def search(self, db, owner, typed, limit=30) -> list[Hit]:
@@ -800,7 +888,7 @@ class Store:
         if rows and rows[0]['owner'] != owner:  # somebody else has brought in the same
             told['id'] = derived(owner, 'parley', told['id'])
             return self.bring_in.__wrapped__(self, db, owner, told, placed, here)
-        if rows and rows[0]['trashed'] or placed and not rows:  # there it stays; or it has been deleted just now
+        if rows and rows[0]['trashed'] is not None or placed and not rows:  # there it stays; or it was deleted just now
             placed += [0] * (len(messages) - len(placed))
             return 0
         if not rows:
@@ -998,7 +1086,9 @@ class Store:
         old, last = self._conversation(db, owner, conversation), self._message(db, owner, conversation, at)
         if last.status == RUNNING: raise Refused(409, STILL_WRITING)
         new, now, leaf = secrets.token_urlsafe(12), time.time(), None
-        self._insert(db, 'conversation', **vars(old) | dict(id=new, created=now, updated=now, seen=now, pinned=None))
+        row = vars(old) | dict(id=new, created=now, updated=now, seen=now, pinned=None)
+        del row['running']
+        self._insert(db, 'conversation', **row)
         for each in self._path(db, owner, conversation, leaf=last.id):
             row = vars(each) | dict(id=None, conversation=new, parent=leaf, key=None)
             del row['siblings']
@@ -1032,6 +1122,7 @@ class Store:
     def _conversation(self, db, owner, conversation):
         rows = db.q('select * from conversation where id = ? and owner = ?', [conversation, owner])
         if not rows: raise Refused(404, 'There is no such conversation here.')
+        if rows[0]['trashed'] is not None: raise Trashed(404, 'This conversation is in the trash.')
         return as_row(rows[0], Conversation)
 
     def _path(self, db, owner, conversation, first=0, before=ENDLESS, leaf=None):
@@ -1052,6 +1143,7 @@ class Store:
 
     def _sent(self, db, owner, conversation, text, key):
         if not key or not (question := self._keyed(db, owner, conversation, key)): return None
+        self._conversation(db, owner, question.conversation)
         if question.content != text: raise Refused(409, 'This was sent already with another text.', text)
         reply = db.q('select max(id) as id from message where conversation = ? and parent = ?',
                      [question.conversation, question.id])[0]
@@ -1079,7 +1171,7 @@ class Store:
                    idx=parent.idx + 1 if parent else 0, status=status, note='', created=now,
                    ended=None if status == RUNNING else now, **{'model': '', 'key': None, 'blocks': []} | more)
         id = self._insert(db, 'message', **row)
-        db.execute('update conversation set leaf = ?, updated = ? where id = ?', [id, now, conversation])
+        db.execute('update conversation set leaf = ?, updated = ?, seen = ? where id = ?', [id, now, now, conversation])
         return Message(id=id, **row)
 
     def _insert(self, db, table, **row) -> int:
@@ -1093,6 +1185,8 @@ class Store:
         db.execute('update message set content = ?, blocks = ?, status = ?, note = ?, meta = ?, ended = ? where id = ?',
                    [content, json.dumps(blocks), status, note, json.dumps(meta or {}), time.time(), id])
         db.execute('delete from piece where message = ?', [id])
+        db.execute('update conversation set answered = ? where id = (select conversation from message where id = ?)',
+                   [time.time(), id])
 
 # %%
 if NOTEBOOK:
@@ -1111,7 +1205,8 @@ if NOTEBOOK:
 
 # %%
 # what only means something in this database, or only now
-LOCAL = {'id', 'owner', 'conversation', 'key', 'parent', 'idx', 'leaf', 'trashed', 'seen', 'siblings'}
+LOCAL = {'id', 'owner', 'conversation', 'key', 'parent', 'idx', 'leaf', 'trashed', 'seen', 'siblings', 'answered',
+         'running'}
 PORTABLE = {kind: [f for f in fields(kind) if f.name not in LOCAL] for kind in (Conversation, Message)}
 LONGEST_CONVERSATION, LONGEST_TABLE, LAST_DAY = 80_000_000, 20_000_000, 253_402_214_400  # characters, bytes, 9999-12-31
 CHOSEN = {'model': str, 'system': str, 'effort': str, 'thinking': str, 'max_tokens': int}
@@ -2080,6 +2175,15 @@ def joined(said: list[tuple[str, str]]) -> list[tuple[str, str]]:
         else: together[-1][1].append(text)
     return [(kind, ''.join(texts)) for kind, texts in together]
 
+class News:
+    "That something changed, for whoever waits for it: `edition` is another number then."
+    def __init__(self): self.edition, self.changed = time.time_ns(), asyncio.Event()
+
+    def tell(self):
+        self.edition += 1
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
 class Turns:
     "The replies being written right now, one per conversation at most, and the one loop that commits what they say."
     def __init__(self, store: Store, claude: Claude, settings: Settings):
@@ -2089,6 +2193,8 @@ class Turns:
         self.keeper: asyncio.Task | None = None
         self.learner, self.stale = None, asyncio.Event()  # who asks for the list of models, and that it is old
         self.naming: set[asyncio.Task] = set()
+        self.sweeper: asyncio.Task | None = None
+        self.lists = defaultdict(News)  # of each owner, for every page that shows it
         self.asking: list[str] = []  # the owners of replies that are about to begin
         self.messages = Pace(settings.messages_per_hour, 3600)
         self.conversations = Pace(settings.conversations_per_hour, 3600)
@@ -2098,6 +2204,7 @@ class Turns:
         "Know the models of last time at once, and begin to ask for today's."
         self.claude.learn(await self.store.known('models') or [])
         self.learner = asyncio.create_task(self._learn())
+        self.sweep()
 
     async def _learn(self):
         "Ask for the list of models every few hours, and sooner when one failed or is not on it; never in the way."
@@ -2173,7 +2280,9 @@ class Turns:
 
     async def fork(self, owner, conversation, at) -> str:
         "The id of a new conversation that begins as this one did. Raises `Refused` 429, 503 and Store.fork's."
-        with self._open_for(owner, begins=True): return await self.store.fork(owner, conversation, at)
+        with self._open_for(owner, begins=True): new = await self.store.fork(owner, conversation, at)
+        self.lists[owner].tell()
+        return new
 
     @contextlib.contextmanager
     def _open_for(self, owner, text='', begins=False):
@@ -2203,13 +2312,30 @@ class Turns:
         turn.cancel(Ended('stopped'))
         await self._over([turn], 2)
 
+    async def trash(self, owner, conversation=None) -> float:
+        "Move a conversation to the trash, or all; what is being written there is stopped. Raises `Refused` 404."
+        since = await self.store.trash(owner, conversation)
+        running = [turn for turn in self.running.values() if turn.reply.owner == owner
+                   and conversation in (None, turn.reply.conversation)]
+        for turn in running: turn.cancel(Ended('stopped'))
+        await self._over(running, 2)
+        self.sweep()
+        return since
+
+    def sweep(self):
+        "Begin to take away what was in the trash for too long, a little at a time."
+        async def swept():
+            with contextlib.suppress(Unusable):
+                while await self.store.sweep(): pass
+        if not self.sweeper or self.sweeper.done(): self.sweeper = asyncio.create_task(swept())
+
     async def close(self):
         "Take no more questions and save what runs as interrupted."
         self.closing = True
         for turn in self.running.values():
             turn.cancel(Ended('interrupted', STOPPED))
         await self._over(list(self.running.values()), 2)
-        for task in filter(None, (self.keeper, self.learner, *self.naming)): task.cancel()
+        for task in filter(None, (self.keeper, self.learner, self.sweeper, *self.naming)): task.cancel()
 
     async def _over(self, turns, seconds):
         async def wait(turn):
@@ -2219,6 +2345,7 @@ class Turns:
 
     def _start(self, reply):
         turn = self.running[reply.conversation] = Turn(reply)
+        self.lists[reply.owner].tell()
         turn.task = asyncio.create_task(self._write(turn))
         turn.task.add_done_callback(functools.partial(self._written, turn))
         if not self.keeper or self.keeper.done(): self.keeper = asyncio.create_task(self._keep())
@@ -2297,6 +2424,7 @@ class Turns:
                 turn.over = True
                 turn.reply = next(reply for reply in ended if reply.id == turn.reply.id)
                 del self.running[turn.reply.conversation]
+                self.lists[turn.reply.owner].tell()
                 if turn.reply.idx == 1 and end.status == 'done' and self.settings.titles == 'on':
                     self.naming.add(task := asyncio.create_task(self._name(turn.reply)))
                     task.add_done_callback(self.naming.discard)
@@ -2314,7 +2442,9 @@ class Turns:
                     if isinstance(event, Ended): end = event
                     if len(text) > 2_000: break
             title = titled(text, self.settings.max_title_chars)
-            if end and end.status == 'done' and title: await self.store.entitle(reply.owner, reply.conversation, title)
+            if end and end.status == 'done' and title:
+                await self.store.entitle(reply.owner, reply.conversation, title)
+                self.lists[reply.owner].tell()
         except Exception as error: log.warning('no title: %s', type(error).__name__)  # noqa: BLE001 the old one stays
 
 # %%
@@ -3166,9 +3296,37 @@ def Empty(model):
                    Input(type='hidden', name='key', value=secrets.token_urlsafe(12)),
                    Button(words), method='post', action='/') for words in EXAMPLES], cls='examples'), id='empty')
 
+def day_of(conversation, zone, now):
+    "The heading over a conversation in the list; `zone` is in minutes east of Greenwich."
+    if conversation.pinned: return 'Pinned'
+    local = conversation.updated + 60 * zone
+    ago = (now + 60 * zone) // DAY - local // DAY
+    near = next((words for days, words in ((0, 'Today'), (1, 'Yesterday'), (7, 'Previous 7 days'),
+                                           (30, 'Previous 30 days')) if ago <= days), None)
+    return near or time.strftime('%B %Y', time.gmtime(local))
+
+def More(conversation):
+    return A('⋯', href=actions.to(conversation_id=conversation.id), cls='more round', title='Actions',
+             aria_label=f'Actions for {conversation.title}')
+
 def ListItem(conversation, current=None):
-    return Li(A(conversation.title, href=show.to(conversation_id=conversation.id),
-                aria_current='page' if conversation.id == current else None))
+    here, state = conversation.id == current, None
+    if conversation.running or conversation.unread and not here: state = 'running' if conversation.running else 'unread'
+    words = {'running': ', Claude is answering', 'unread': ', new answer'}
+    return Li(A(Span(conversation.title), Unseen(words[state]) if state else None, id=f'c-{conversation.id}',
+                href=show.to(conversation_id=conversation.id), aria_current='page' if here else None),
+              More(conversation), data_state=state)
+
+def ListItems(found, look, current=None, after=None, limit=50):
+    """A page of the list, `found` one more than its `limit` if there are more, under headings by day; a page that goes
+    on in the group where the one before ended, `after`, says no heading twice."""
+    now, shown = time.time(), found[:limit]
+    last = after and day_of(Conversation('', '', '', None, 0, after[1], pinned=after[0]), look['zone'], now)
+    place = len(found) > limit and f'{listed.to()}?{urlencode({"after": json.dumps(shown[-1].cursor)})}'
+    return [item for day, some in groupby(shown, lambda c: day_of(c, look['zone'], now))
+            for item in [Li(H2(day)) if day != last else None, *[ListItem(c, current) for c in some]]] + [
+        Li(A('More', href=place, hx_get=place, hx_target='closest li', hx_swap='outerHTML',
+             hx_trigger='intersect once, click', cls='quiet')) if place else None]
 
 def LookForm(look, *content):
     "A form that changes how the page looks. The script does it at once; without it, the server does."
@@ -3181,27 +3339,67 @@ def Sidebar(conversations, look, current=None):
                      aria_pressed=str(name == look['theme']).lower()) for name in ('auto', 'light', 'dark')]
     return Nav(A(Icon('new'), 'New conversation', href='/', cls='new', data_action='New conversation'),
                A(Icon('find'), 'Find', Kbd('Ctrl K'), href=search.to(), cls='find', data_opens='palette'),
-               Ul(*[ListItem(c, current) for c in conversations], id='conversations'),
+               Ul(*ListItems(conversations, look, current), id='conversations', data_edition=look['edition']),
                P('Nothing here yet. What you ask is listed here, newest first.', cls='none'),
+               A('Trash', href=trash.to(), cls='quiet', data_action='Trash'),
                LookForm(look, Div(*themes, role='group', aria_label='Theme', cls='themes')),
                A('Your data', href=your_data.to(), cls='quiet', data_action='Your data: export, import, backup'),
                Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys',
                       data_action='Show the keys'), SignOut() if look['locked'] else None,
                id='sidebar', popover=True, aria_label='Conversations')
 
-def Heading(title, current=None, **attrs):
-    save = current and A(Icon('save'), Unseen('Download as Markdown'), cls='round', title='Download as Markdown',
-                         href=as_markdown.to(conversation_id=current), data_action='Download as Markdown')
-    return Div(H1(title), save, id='heading', **attrs)
+def Act(words, place, cls='quiet', **fields):
+    "A form that is only a button."
+    return Form(Button(words, cls=cls), *[Input(type='hidden', name=name, value=value) for name, value in
+                fields.items()], method='post', action=place, hx_post=place, hx_swap='none')
 
-def Bar(title, look, current=None, demo=False):
+def Menu(conversation, most):
+    "What can be done with a conversation: a small menu, or without the script a page."
+    of = {'conversation_id': conversation.id}
+    place = rename.to(**of)
+    return (Form(Input(name='title', value=conversation.title, aria_label='Title', required=True, maxlength=most,
+                       autocomplete='off'), Button('Save', cls='quiet'), method='post', action=place, hx_post=place,
+                 hx_swap='none', cls='rename', data_id=conversation.id),
+            Button('Rename', type='button', cls='quiet scripted', data_rename=conversation.id),
+            Act('Unpin' if conversation.pinned else 'Pin', pin.to(**of), pinned='' if conversation.pinned else '1'),
+            A('Download as Markdown', href=as_markdown.to(**of), cls='quiet'),
+            Act('Delete', delete.to(**of)))
+
+def Undo(words='', place='/', fields=(), **attrs):
+    "What was done just now, and the way back. It stands until the next thing is done."
+    return Div(Span(words), Act('Undo', place, **dict(fields)) if words else None, id='undo', role='status', **attrs)
+
+def TrashPage(found, count, days):
+    def Left(conversation):
+        left = int((conversation.trashed - time.time()) / DAY + days + 0.999)
+        return f'{left} days left' if left > 1 else 'a day left'
+    def Row(conversation):
+        of = {'conversation_id': conversation.id}
+        return Li(Span(conversation.title), Span(Left(conversation), cls='tag'), Act('Restore', restore.to(**of)),
+                  Act('Delete for ever', discard.to(**of)))
+    empty = Details(Summary('Empty the trash', cls='quiet'), P('This can not be undone.'),
+                    Act(f'Delete {count:,} for ever', empty_trash.to()))
+    return Div(H2('Trash'), P('What you delete stays here for a while; then it is gone.') if found else
+               P('The trash is empty.'), Ul(*map(Row, found)) if found else None,
+               P(f'The newest {len(found)} of {count:,} are shown.') if count > len(found) else None,
+               empty if found else None, Act('Move all conversations to the trash', delete_all.to()), id='empty',
+               cls='listing')
+
+def Heading(conversation=None, title='Parley', **attrs):
+    if not conversation: return Div(H1(title), id='heading', **attrs)
+    save = A(Icon('save'), Unseen('Download as Markdown'), cls='round', title='Download as Markdown',
+             href=as_markdown.to(conversation_id=conversation.id), data_action='Download as Markdown')
+    return Div(H1(conversation.title), save, More(conversation), id='heading',
+               data_unread=conversation.unread or None, **attrs)
+
+def Bar(title, look, conversation=None, demo=False):
     shown = look['sidebar'] == 'open'
     return Header(
         Button(Icon('sidebar'), Unseen('Conversations'), type='button', popovertarget='sidebar', cls='round narrow'),
         LookForm(look, Button(Icon('sidebar'), Unseen('Sidebar'), name='sidebar', value='closed' if shown else 'open',
                               cls='round wide', title='Sidebar', aria_controls='sidebar',
                               aria_expanded=str(shown).lower(), data_action='Show or hide the sidebar')),
-        Heading(title, current), Span('Demo model', cls='tag') if demo else None,
+        Heading(conversation, title), Span('Demo model', cls='tag') if demo else None,
         A(Icon('new'), Unseen('New conversation'), href='/', cls='round', title='New conversation'), id='bar')
 
 def Snippet(hit):
@@ -3248,7 +3446,8 @@ def Dialogs():
                    Dl(*[Div(Dt(Kbd(key)), Dd(what)) for key, what in KEYS]),
                    id='keys', closedby='any', aria_labelledby='keys-title'))
 
-def Page(title, conversations, *content, look, current=None, running=False, demo=False, setup=None, **composer):
+def Page(title, conversations, *content, look, conversation=None, running=False, demo=False, setup=None, undo=(),
+         **composer):
     "A whole page. Without JavaScript it loads itself again while a reply runs. `look`: see `look_of`."
     config = {'includeIndicatorStyles': False, 'allowEval': False, 'allowScriptTags': False, 'historyCacheSize': 0,
               'refreshOnHistoryMiss': True, 'selfRequestsOnly': True, 'responseHandling': [
@@ -3266,10 +3465,12 @@ def Page(title, conversations, *content, look, current=None, running=False, demo
         *[Script(src=asset(name), defer=True) for name in ('htmx.js', 'ws.js', 'parley.js')],
         Noscript(Meta(http_equiv='refresh', content='2')) if running else None)
     return Html(head, Body(
-        A('To the message box', href='#message', cls='skip unseen'), Bar(title, look, current, demo),
-        Sidebar(conversations, look, current), Main(
-            Div(*content, id='messages'), Composer(setup=setup, **composer), Panel(setup) if setup else None),
-        *Dialogs(), P(id='said', role='status', cls='unseen')),
+        A('To the message box', href='#message', cls='skip unseen'), Bar(title, look, conversation, demo),
+        Sidebar(conversations, look, conversation and conversation.id),
+        Main(Div(*content, id='messages'), Undo(*undo), Composer(setup=setup, **composer),
+             Panel(setup) if setup else None),
+        *Dialogs(), Div(id='menu', popover=True, role='dialog', aria_label='Actions'),
+        P(id='said', role='status', cls='unseen')),
         lang='en', data_theme=look['theme'], data_sidebar=look['sidebar'])
 
 def Incoming(now):
@@ -3382,8 +3583,42 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
 .find kbd { margin-left: auto; }
 #conversations { flex: 1; margin: .75rem -.75rem 0; padding: .5rem .75rem; list-style: none; overflow-y: auto;
   border-top: 1px solid var(--line); scrollbar-width: thin; }
-#sidebar li a { display: block; line-height: 1.625rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-#sidebar li [aria-current] { background: var(--card); font-weight: 550; }
+#conversations { overflow-anchor: none; }
+#conversations h2 { margin: .75rem 0 .125rem; padding: 0 .625rem; font-size: var(--tiny); font-weight: 500;
+  color: var(--soft); }
+#conversations li:first-child h2 { margin-top: 0; }
+#sidebar li { display: flex; align-items: center; border-radius: var(--round); }
+#sidebar li > a[id] { flex: 1; min-width: 0; display: block; line-height: 1.625rem; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
+#sidebar li:is(:hover, :focus-within, :has([aria-current])) { background: var(--card); }
+#sidebar li > [aria-current] { font-weight: 550; }
+#sidebar li > .more { flex: none; min-height: 0; height: 2rem; padding: 0; display: grid; opacity: 0; }
+#sidebar li:is(:hover, :focus-within) > .more { opacity: 1; }
+.more { text-decoration: none; }
+#sidebar li > .more { width: 2rem; }
+li[data-state] > a[id]::before { content: ''; display: inline-block; width: .5rem; height: .5rem; margin-right: .5rem;
+  border-radius: 50%; border: 2px solid var(--accent); }
+li[data-state=running] > a[id]::before { animation: pulse .8s ease-in-out infinite alternate; }
+#sidebar li[data-state=unread] > a[id] { font-weight: 650; color: var(--ink); }
+li[data-state=unread] > a[id]::before { background: var(--accent); }
+.rename { flex: 1; display: flex; min-width: 0; gap: .25rem; margin: 0; }
+.rename input { flex: 1; min-width: 0; padding: .125rem .5rem; border: 1px solid var(--accent); background: var(--page);
+  border-radius: var(--round); }
+#menu { position: fixed; inset: auto; margin: 0; min-width: 11rem; padding: .375rem; color: var(--ink);
+  background: var(--page); border: 1px solid var(--edge); border-radius: var(--round); }
+#menu:not(:popover-open), #menu .rename { display: none; } #menu::backdrop { background: none; }
+#menu form { margin: 0; } #menu :is(button, a) { display: block; width: 100%; padding: .375rem .625rem;
+  text-align: left; font-size: var(--small); color: var(--ink); }
+#menu :is(button, a):hover { background: var(--card); }
+#undo { display: flex; align-items: center; gap: .75rem; margin: 0 .75rem .5rem; color: var(--soft); }
+#undo:empty, #undo:not(:has(form)) { display: none; } #undo button, .listing .quiet { border: 1px solid var(--edge);
+  color: var(--ink); padding: .25rem .75rem; }
+.listing ul:not(#conversations) { margin: 1rem 0; padding: 0; list-style: none; }
+.listing li { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; padding: .375rem 0;
+  border-top: 1px solid var(--line); font: var(--small)/1.5 var(--ui); }
+.listing li > span:first-child, .listing li > a[id] { flex: 1 1 12rem; overflow-wrap: anywhere; }
+.listing form { margin: 0; } .listing > form { margin: .5rem 0; }
+.listing summary { width: fit-content; cursor: pointer; }
 #conversations:empty { flex: 0; padding: 0; } #conversations:empty + .none { flex: 1; }
 .none { margin: 0; padding: 1rem .625rem; } :not(:empty) + .none { display: none; }
 .themes { display: flex; gap: .125rem; margin: 0 -.75rem; padding: .5rem .75rem 0; border-top: 1px solid var(--line); }
@@ -3590,10 +3825,11 @@ mark { color: var(--accent); background: none; font-weight: 600; }
   #sidebar:not(:popover-open) { display: none; }
   main { padding: 0 1rem; }
 }
-@media (hover: none) { .actions > :not(.walk) { opacity: 1; } }
+@media (hover: none) { .actions > :not(.walk), #sidebar li > .more { opacity: 1; } }
 @media (pointer: coarse) {
   :root { --top: 3.5rem; }
   .round { width: 2.75rem; height: 2.75rem; }
+  #sidebar li > .more { width: 2.75rem; height: 2.75rem; }
   #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
     align-content: center; }
   #fields :is(select, input) { min-height: 2.75rem; font-size: 1rem; } #fields textarea { font-size: 1rem; }
@@ -3661,6 +3897,8 @@ function over(bubble) { // said once, however the end was heard of; a hidden tab
   say(status === 'done' ? 'finished' : status);
   announce($('.state p', bubble)?.textContent || 'Claude has answered.');
   if (document.hidden) news(true);
+  $('#heading').dataset.unread = '';
+  seen();
 }
 
 function news(is) {
@@ -3703,8 +3941,9 @@ function wake() {
     bubble.heard = performance.now();
     wrapper.init();
   }
+  if (performance.now() - listHeard > 2000) follow();
 }
-on('visibilitychange', () => { if (!document.hidden) { news(false); wake(); } });
+on('visibilitychange', () => { if (!document.hidden) { news(false); wake(); seen(); } });
 addEventListener('online', wake);
 addEventListener('pageshow', e => { if (e.persisted) location.reload(); });
 
@@ -3796,6 +4035,8 @@ on('click', e => {
   else if (control?.matches('[data-wrap]'))
     control.ariaPressed = control.closest('figure').toggleAttribute('data-wrap');
   else if (control?.matches('.image[data-src]')) open(control.dataset.src, '_blank', 'noopener,noreferrer');
+  else if (control?.matches('.more') && !e.ctrlKey && !e.metaKey && !e.shiftKey) { e.preventDefault(); offer(control); }
+  else if (control?.matches('[data-rename]')) rename(control.dataset.rename);
   else if (control?.matches('[data-opens]')) { e.preventDefault(); show(control.dataset.opens); }
   else if (control === jump) toEnd();
   else if (control?.matches('.attach')) upload.click();
@@ -3817,6 +4058,111 @@ on('submit', e => {
   if (name === 'sidebar') Object.assign(e.submitter, { value: open ? 'closed' : 'open', ariaExpanded: open });
   else for (const button of $$('[name=theme]')) button.ariaPressed = button === e.submitter;
   for (const meta of $$('meta[name=theme-color]')) meta.content = getComputedStyle(document.body).backgroundColor;
+});
+
+// The list. Its socket says only that there is something new; then as many rows as there are now are had again, and
+// of these only what differs is replaced: a click, the focus and the place in the list survive.
+const list = $('#conversations'), menu = $('#menu');
+let listSocket = null, listHeard = 0, failures = 0, edition = list.dataset.edition, listing = false;
+document.cookie = `zone=${-new Date().getTimezoneOffset()}; path=/; max-age=31536000; samesite=lax`;
+function follow() {
+  if (listSocket) { listSocket.onclose = listSocket.onmessage = null; listSocket.close(); }
+  listHeard = performance.now();
+  const socket = listSocket = new WebSocket(location.origin.replace('http', 'ws') + '/ws/list');
+  socket.onmessage = e => {
+    [listHeard, failures, list.dataset.edition] = [performance.now(), 0, e.data];
+    relist();
+  };
+  socket.onclose = e => {
+    if (e.code === 4401) return location.reload();
+    if (failures > 1) { list.dataset.edition = ''; relist(); } // without a socket it asks now and then
+    const wait = Math.min(1000 * 2 ** failures++, 5000) * (.75 + Math.random() / 4);
+    setTimeout(() => socket === listSocket && follow(), wait);
+  };
+}
+async function relist() {
+  const wanted = list.dataset.edition, count = $$('a[id]', list).length;
+  if (listing || document.hidden || edition === wanted || $('form', list)) return;
+  listing = true;
+  try {
+    const headers = { 'HX-Request': 'true', 'HX-Current-URL': location.href };
+    const got = await fetch('/list?count=' + count, { headers });
+    const html = await got.text();
+    if (got.ok && !$('form', list)) {
+      edition = got.headers.get('x-edition');
+      if (!wanted) list.dataset.edition = edition;
+      renew(document.createRange().createContextualFragment(html));
+    }
+  } catch { /* the socket tells when Parley is back */ }
+  listing = false;
+  if (wanted && list.dataset.edition !== wanted) relist(); // there was more news meanwhile
+}
+function renew(fresh) {
+  const old = new Map($$('li', list).map(li => [li.outerHTML, li])), focused = document.activeElement.id;
+  const wanted = [...fresh.children].map(li => old.get(li.outerHTML) || li), kept = new Set(wanted);
+  for (const li of [...list.children]) if (!kept.has(li)) li.remove();
+  wanted.forEach((li, n) => { if (list.children[n] !== li) list.insertBefore(li, list.children[n] || null); });
+  htmx.process(list);
+  const title = $('[aria-current] > span', list)?.textContent, heading = $('#heading h1');
+  if (title && heading && heading.textContent !== title) {
+    heading.textContent = title;
+    document.title = (document.title.startsWith('● ') ? '● ' : '') + title;
+  }
+  if (focused && document.activeElement.id !== focused) document.getElementById(focused)?.focus();
+}
+on('htmx:afterRequest', e => { // where there is no socket
+  if (e.detail.requestConfig.verb === 'get' || listSocket.readyState === WebSocket.OPEN) return;
+  list.dataset.edition = '';
+  relist();
+});
+function seen() {
+  const { dataset } = $('#heading');
+  if (document.hidden || !('unread' in dataset) || $('.message[data-status=streaming]')) return;
+  delete dataset.unread;
+  fetch(location.pathname + '/seen', { method: 'POST' });
+}
+
+// What can be done with a conversation: a menu beside the button that asks for it; its title becomes a field in place.
+async function offer(control) {
+  await htmx.ajax('GET', control.href, { target: menu, swap: 'innerHTML', source: menu });
+  menu.showPopover({ source: control });
+  const { left, bottom } = control.getBoundingClientRect();
+  menu.style.left = Math.max(8, Math.min(left, innerWidth - menu.offsetWidth - 8)) + 'px';
+  menu.style.top = Math.max(8, Math.min(bottom, innerHeight - menu.offsetHeight - 8)) + 'px';
+  menu.place = control.closest('#heading') ? 'heading' : 'list';
+  $('[data-rename]', menu).focus();
+}
+menu.addEventListener('click', e => { if (e.target.closest('button, a')) menu.hidePopover(); });
+function rename(id) {
+  const form = $('form.rename', menu), field = $('input', form);
+  const title = menu.place === 'heading' ? $('#heading h1') : document.getElementById('c-' + id);
+  if (!title) return;
+  const before = field.value, back = () => {
+    if (form.left) return; // leaving the page makes it lose the focus, which would be another call
+    form.left = true;
+    form.replaceWith(title);
+    relist();
+  };
+  title.replaceWith(form);
+  field.select();
+  form.addEventListener('keydown', e => {
+    if (e.key !== 'Escape') return;
+    e.stopPropagation();
+    field.value = before;
+    back();
+    title.focus();
+  });
+  form.addEventListener('focusout', e => { if (!form.contains(e.relatedTarget) && field.value === before) back(); });
+  form.addEventListener('htmx:afterRequest', e => {
+    if (!e.detail.successful) return;
+    $('span', title) ? $('span', title).textContent = field.value : title.textContent = field.value;
+    back();
+  });
+}
+on('htmx:oobAfterSwap', e => {
+  if (e.detail.target.id !== 'undo' || !$('#undo button')) return;
+  $('#sidebar:popover-open')?.hidePopover(); // on a phone it would hide the way back
+  $('#undo button').focus();
 });
 
 // The composer: empties only when the server has the message. What is typed is kept there too, soon after each letter.
@@ -3872,7 +4218,7 @@ on('htmx:beforeRequest', e => {
     return e.preventDefault();
   }
   if (e.target.matches('form')) $('#notice').textContent = '';
-  if (e.target === composer) sent = { text, chips };
+  if (e.target === composer) { sent = { text, chips }; $('#undo').replaceChildren(); }
   if (text !== undefined) pinned = true;
   if (e.target.matches('.walk')) pinned = false;
 });
@@ -3976,7 +4322,7 @@ function show(id) {
 }
 function find() {
   const words = bare(query.value).split(/\s+/), hits = query.value.trim() ? $$('.hit', choices) : [];
-  const all = [...$$('#conversations a').map(el => [el, el.textContent, 'Conversation']),
+  const all = [...$$('#conversations a[id]').map(el => [el, $('span', el).textContent, 'Conversation']),
     ...$$('[data-action]').filter(usable).map(el => [el, el.dataset.action, 'Action'])];
   const found = all.filter(([, name]) => words.every(word => bare(name).includes(word)));
   choices.replaceChildren(...found.map(([el, name, kind], n) => {
@@ -4041,6 +4387,8 @@ on('keydown', e => {
 dress(messages);
 if (matchMedia('(pointer: fine)').matches) box.focus({ preventScroll: true });
 arrive();
+follow();
+seen();
 '''
 
 ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
@@ -4096,7 +4444,7 @@ OVER_HTTP, AT_HOME = {b'referrer-policy': b'same-origin'}, r'(localhost|127\.0\.
 OPEN = re.compile('/login|/healthz|/assets/[^/]+')  # what needs no session; the manifest is one of the assets
 FORMS = ('application/x-www-form-urlencoded', 'multipart/form-data')
 REQUEST = contextvars.ContextVar('the id of the request that is being answered', default=None)
-DAY, SMALL, LOUDEST = 86_400, 65_536, 1_024  # seconds; bytes that a stranger may send freely; bytes of a password
+SMALL, LOUDEST = 65_536, 1_024  # bytes that a stranger may send freely; bytes of a password
 
 def scrypt(password: bytes, salt: bytes, log_n=15, r=8, p=3) -> str:
     "A password as it may be kept: each guess costs 32 MB and 0.4 s (OWASP's Password Storage Cheat Sheet)."
@@ -4391,12 +4739,23 @@ def look_of(req):
     "How this browser wants its pages, from its cookies; `here`, to come back to after a change; `locked`: has a login."
     said = {name: req.cookies.get(name) for name in LOOKS}
     looks = {name: said[name] if said[name] in known else known[0] for name, known in LOOKS.items()}
-    return looks | {'here': req.url.path, 'locked': parley(req).settings.locked}
+    return looks | {'here': req.url.path, 'locked': parley(req).settings.locked, 'zone': zone_of(req),
+                    'edition': edition(req)}
 
-async def page(req, title='Parley', *content, status=200, current=None, **more):
-    store, demo = parley(req).store, parley(req).settings.demo
-    conversations, typed = await store.conversations(owner(req)), await store.draft(owner(req), current or '')
-    return FtResponse(Page(title, conversations, *content, look=look_of(req), demo=demo, current=current,
+def zone_of(conn):
+    "This browser's time zone in minutes east of Greenwich, as its script said."
+    said = re.fullmatch(r'-?\d{1,3}', conn.cookies.get('zone', ''))
+    return int(said[0]) if said else 0
+
+def edition(conn):
+    "What the list shows is as it was as long as this is; the day is a part of it."
+    return f'{parley(conn).turns.lists[owner(conn) or OWNER].edition}.{int(time.time() + 60 * zone_of(conn)) // DAY}'
+
+async def page(req, title='Parley', *content, status=200, conversation=None, **more):
+    store, look, demo = parley(req).store, look_of(req), parley(req).settings.demo  # the edition never younger than
+    conversations = await store.conversations(owner(req))                           # what is listed
+    typed = await store.draft(owner(req), conversation.id if conversation else '')
+    return FtResponse(Page(title, conversations, *content, look=look, demo=demo, conversation=conversation,
                            **{'typed': typed} | more), status)
 
 async def sent(req, question, reply, *more):
@@ -4426,8 +4785,106 @@ async def setup_of(req, conversation=None, choices=None, said='') -> Setup:
 
 @rt.get('/')
 async def home(req):
-    setup = await setup_of(req)
-    return await page(req, 'Parley', Empty(setup.model), setup=setup)
+    setup, undo = await setup_of(req), ()
+    if gone := req.query_params.get('deleted'):  # a conversation, or all at that time
+        found = [c for c in (await parley(req).store.trashed(owner(req)))[0] if gone in (c.id, repr(c.trashed))]
+        if found: undo = undoing(found[0].id if found[0].id == gone else None, found[0].trashed)
+    return await page(req, 'Parley', Empty(setup.model), setup=setup, undo=undo)
+
+def undoing(conversation, since):
+    if conversation: return 'Moved to the trash.', restore.to(conversation_id=conversation)
+    return 'All conversations were moved to the trash.', restore_all.to(), {'since': repr(since)}
+
+def told(req, place, *fragments):
+    "Answer what changed the list: every page of this person hears of it; a browser without a script goes to `place`."
+    parley(req).turns.lists[owner(req)].tell()
+    if not by_htmx(req): return RedirectResponse(place, 303)
+    return fragments or Response(status_code=204)
+
+def on_page(req, conversation):
+    return urlsplit(req.headers.get('hx-current-url', '')).path == show.to(conversation_id=conversation)
+
+@rt.get('/list')
+async def listed(req):
+    "A page of the list after another, or its first `count` rows anew. Without a script, a page that has it."
+    asked, after = req.query_params, None
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        pinned, updated, id = json.loads(asked.get('after', ''))
+        if 0 <= float(updated) < 1e11: after = pinned and float(pinned), float(updated), str(id)
+    count = asked.get('count', '')
+    limit = max(50, min(500, int(count))) if re.fullmatch(r'\d{1,6}', count) else 50
+    now, place = edition(req), urlsplit(req.headers.get('hx-current-url', '')).path
+    found = await parley(req).store.conversations(owner(req), after, limit + 1)
+    items = ListItems(found, look_of(req), place.removeprefix('/c/'), after, limit)
+    if by_htmx(req): return HTMLResponse(''.join(to_xml(item) for item in items if item), headers={'x-edition': now})
+    return await page(req, 'Conversations', Div(Ul(*items), id='empty', cls='listing'), to='/')
+
+@rt.get('/actions/{conversation_id}')
+async def actions(req, conversation_id: str):
+    conversation, _ = await parley(req).store.path(owner(req), conversation_id, ENDLESS)
+    menu = Menu(conversation, parley(req).settings.max_title_chars)
+    if by_htmx(req): return menu
+    return await page(req, conversation.title, Div(H2(conversation.title), *menu, id='empty', cls='listing'), to='/')
+
+@rt.post('/c/{conversation_id}/seen')
+async def seen(req, conversation_id: str):
+    if await parley(req).store.see(owner(req), conversation_id): parley(req).turns.lists[owner(req)].tell()
+    return Response(status_code=204)
+
+@rt.post('/c/{conversation_id}/pin')
+async def pin(req, conversation_id: str):
+    await parley(req).store.pin(owner(req), conversation_id, bool((await form_of(req)).get('pinned')))
+    return told(req, show.to(conversation_id=conversation_id))
+
+@rt.post('/c/{conversation_id}/rename')
+async def rename(req, conversation_id: str):
+    conversation = await parley(req).store.rename(owner(req), conversation_id, (await form_of(req)).get('title', ''))
+    shown = on_page(req, conversation_id)
+    return told(req, show.to(conversation_id=conversation_id),
+                *[Title(conversation.title), Heading(conversation, hx_swap_oob='true')] * shown)
+
+@rt.post('/c/{conversation_id}/delete')
+async def delete(req, conversation_id: str):
+    since = await parley(req).turns.trash(owner(req), conversation_id)
+    place = f'/?{urlencode({"deleted": conversation_id})}'
+    if on_page(req, conversation_id): return told(req, place, HtmxResponseHeaders(redirect=place))
+    return told(req, place, Undo(*undoing(conversation_id, since), hx_swap_oob='true'))
+
+@rt.post('/c/{conversation_id}/restore')
+async def restore(req, conversation_id: str):
+    if not await parley(req).store.restore(owner(req), conversation_id):
+        await parley(req).store.path(owner(req), conversation_id, ENDLESS)  # it is back already, or a 404
+    place, on = show.to(conversation_id=conversation_id), urlsplit(req.headers.get('hx-current-url', '')).path
+    if on in ('/', '/trash'): return told(req, place, HtmxResponseHeaders(redirect=place if on == '/' else on))
+    return told(req, place, Undo(hx_swap_oob='true'))
+
+@rt.get('/trash')
+async def trash(req):
+    days = parley(req).settings.trash_days
+    return await page(req, 'Trash', TrashPage(*await parley(req).store.trashed(owner(req)), days), to='/')
+
+@rt.post('/trash/all')
+async def delete_all(req):
+    place = f'/?{urlencode({"deleted": repr(await parley(req).turns.trash(owner(req)))})}'
+    return told(req, place, HtmxResponseHeaders(redirect=place))
+
+@rt.post('/trash/restore')
+async def restore_all(req):
+    try: since = float((await form_of(req)).get('since', ''))
+    except ValueError: raise Refused(422, 'This is no time.') from None
+    await parley(req).store.restore(owner(req), since=since)
+    return told(req, '/', HtmxResponseHeaders(redirect='/'))
+
+@rt.post('/trash/empty')
+async def empty_trash(req): return await given_up(req)
+
+@rt.post('/trash/{conversation_id}/delete')
+async def discard(req, conversation_id: str): return await given_up(req, conversation_id)
+
+async def given_up(req, conversation=None):
+    await parley(req).store.give_up(owner(req), conversation)
+    parley(req).turns.sweep()
+    return told(req, trash.to(), HtmxResponseHeaders(redirect=trash.to()))
 
 @rt.post('/')
 async def begin(req):
@@ -4438,8 +4895,7 @@ async def begin(req):
     conversation, _ = await parley(req).store.path(owner(req), reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
     return await sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
-                Heading(conversation.title, conversation.id, hx_swap_oob='true'),
-                Ul(ListItem(conversation, conversation.id), id='conversations', hx_swap_oob='afterbegin'),
+                Heading(conversation, hx_swap_oob='true'),
                 Fields(setup := await setup_of(req, conversation.id, conversation.choices), hx_swap_oob='true'),
                 Opener(setup, hx_swap_oob='true'),
                 HtmxResponseHeaders(push_url=place))
@@ -4483,7 +4939,7 @@ async def shown(req, conversation_id, **more):
     if by_htmx(req) and before < ENDLESS: return await transcript(req, path)
     later = A('To the end of the conversation', href=req.url.path, cls='quiet') if before < ENDLESS else None
     setup = more.pop('setup', None) or await setup_of(req, conversation.id, conversation.choices)
-    return await page(req, conversation.title, *await transcript(req, path, edit), later, current=conversation.id,
+    return await page(req, conversation.title, *await transcript(req, path, edit), later, conversation=conversation,
                       running=bool(path) and path[-1].status == RUNNING, after=conversation.leaf, setup=setup,
                       **more)
 
@@ -4647,6 +5103,7 @@ async def bring(req):
     if (now := imports.get(owner(req))) and not now.status: raise Refused(429, 'Wait: another file is still coming in.')
     now = imports[owner(req)] = Import()
     now.task = asyncio.create_task(take_in(parley(req).store, owner(req), file.file, file.size, now))
+    now.task.add_done_callback(lambda _: parley(req).turns.lists[owner(req)].tell())
     await asyncio.wait([now.task], timeout=1)
     if by_htmx(req): return Incoming(now)
     if now.status > 400: raise Refused(now.status, now.words)
@@ -4725,13 +5182,13 @@ async def refused(req, error):
     if req.method == 'POST':
         with contextlib.suppress(Refused, HTTPException, RuntimeError):  # the body may have been read by half
             form = await form_of(req)
-    typed = typed or form.get('message', '')
-    listed = []
-    with contextlib.suppress(Unusable): listed = await parley(req).store.conversations(owner(req))
-    files = getattr(req.state, 'files', ())
-    words = None if typed or files else Div(H2(error.words), P(A('A new conversation', href='/')), id='empty')
+    typed, found = typed or form.get('message', ''), []
+    with contextlib.suppress(Unusable): found = await parley(req).store.conversations(owner(req))
+    files, trashed = getattr(req.state, 'files', ()), isinstance(error, Trashed)
+    words = None if typed or files else Div(H2(error.words), P(
+        A('A new conversation', href='/'), ' ', A('The trash', href=trash.to()) if trashed else None), id='empty')
     notice = '' if words else error.words  # beside the text that is still there, or in the middle of an empty page
-    return HTMLResponse(to_xml(Page('Parley', listed, words, look=look_of(req), typed=typed, notice=notice,
+    return HTMLResponse(to_xml(Page('Parley', found, words, look=look_of(req), typed=typed, notice=notice,
                                     at=form.get('at'), files=files)), error.status, headers)
 
 # %%
@@ -4748,10 +5205,25 @@ if NOTEBOOK:
 # %%
 async def chat(ws: WebSocket):
     "WS /ws/chat/{conversation_id}/{msg_idx}"
+    await attend(ws, watch(ws, **ws.path_params))
+
+async def follow_list(ws: WebSocket):
+    "WS /ws/list: the edition of the list now and whenever it is another, at most twice a second."
+    await attend(ws, tell(ws))
+
+async def attend(ws, showing):
     await ws.accept()
-    watching = asyncio.create_task(watch(ws, **ws.path_params))
-    try: await hear(ws, ws.path_params['conversation_id'])
-    finally: watching.cancel()
+    task = asyncio.create_task(showing)
+    try: await hear(ws, ws.path_params.get('conversation_id', ''))
+    finally: task.cancel()
+
+async def tell(ws):
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        while True:
+            changed = parley(ws).turns.lists[owner(ws)].changed
+            await ws.send_text(edition(ws))
+            await asyncio.sleep(0.5)
+            await changed.wait()
 
 async def hear(ws, conversation):
     "Read what the page says until it is gone; reading is also what lets the server see pongs and the end."
@@ -4817,6 +5289,7 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
     app.state.parley = Parley(settings, store, claude, turns, Shelf(), door)
     rt.to_app(app)
     app.router.routes.append(WebSocketRoute('/ws/chat/{conversation_id}/{msg_idx}', chat))
+    app.router.routes.append(WebSocketRoute('/ws/list', follow_list))
     for kind in (Refused, Unusable, HTTPException): app.add_exception_handler(kind, refused)
     return door
 

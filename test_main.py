@@ -638,6 +638,72 @@ def test_all_running_replies_share_one_transaction_a_tick(new_site, upstream):
     ticks = (time.monotonic() - start) / .03
     assert before < asked and commits(site.db) - asked <= ticks + 8 * 3      # eight of their own would be 8 * ticks
 
+def listed(site, n=0, **columns):
+    "A conversation of one question, written by another process; its id."
+    id = columns.setdefault('id', f'made-{number()}')
+    row = {'owner': main.OWNER, 'title': id, 'created': time.time(), 'updated': time.time(), 'seen': time.time()} | columns
+    names, marks = ', '.join(row), ', '.join('?' * len(row))
+    python(FILL_LIST, site.db, json.dumps([f'insert into conversation ({names}) values ({marks})', list(row.values())]))
+    return id
+
+OPEN_DB = """import json, sqlite3, sys, time
+db = sqlite3.connect(sys.argv[1])
+db.create_function('spaced', 1, lambda text: text, deterministic=True)
+"""
+FILL_LIST = OPEN_DB + """
+db.execute(*json.loads(sys.argv[2]))
+db.execute("insert into message (conversation, owner, idx, role, content, status, note, model, created, ended) "
+           "select id, owner, 0, 'user', 'Hello', 'done', '', '', 1, 1 from conversation where leaf is null")
+db.execute("update conversation set leaf = (select id from message where conversation = conversation.id) where leaf is null")
+db.commit()"""
+
+MANY_LISTED = OPEN_DB + """
+db.executemany("insert into conversation (id, owner, title, created, updated, pinned) values (?, ?, ?, 0, ?, ?)",
+               [(f'n{n}', 'owner', f'title {n}', float(n // 3), 5.0 if n % 997 == 0 else None)
+                for n in range(int(sys.argv[2]))])
+db.commit()"""
+
+def test_pages_of_the_list_join_to_all_of_it_in_order_without_a_sort(tmp_path):
+    asyncio.run(page_through(main.Store(tmp_path / 'p.db')))
+
+async def page_through(store):
+    python(MANY_LISTED, store.file, '10000')
+    ids, pages, after = [], 0, None
+    while found := await store.conversations(main.OWNER, after):
+        ids += [c.id for c in found[:50]]
+        pages, after = pages + 1, found[:50][-1].cursor
+    order = sorted(range(10_000), key=lambda n: (n % 997 == 0, n // 3, f'n{n}'), reverse=True)
+    assert ids == [f'n{n}' for n in order] and pages == 200 and not await store.conversations('somebody else')
+    for where, values in [('', []), ('and pinned is null and (updated, id) < (?, ?)', [9.0, 'n']),
+                          ('and (pinned < ? or pinned is null)', [9.0])]:
+        plan = ' '.join(str(row) for row in store.db['reads'].q(
+            'explain query plan ' + main.LISTED.format(where), [main.OWNER, *values, 51]))
+        assert 'conversation_listed' in plan and 'message_running' in plan and not re.search('SCAN|TEMP B-TREE', plan)
+    store.close()
+
+def test_what_is_thrown_away_for_ever_goes_a_little_at_a_time(tmp_path):
+    asyncio.run(throw_away(main.Store(tmp_path / 'p.db')))
+
+async def throw_away(store):
+    question, reply, _ = await store.ask(main.OWNER, None, 'first', 'key', 'test')
+    other, *_ = await store.ask(main.OWNER, None, 'second', 'key-2', 'test')
+    for n in range(1, 1_200):
+        await store.save([], [(reply.id, 'done', '', {})])
+        if n % 400 == 0: reply = (await store.retry(main.OWNER, question.conversation, 'test'))[1]
+    python(OPEN_DB + 'db.execute(sys.argv[2]); db.commit()', store.file, f"""insert into message (conversation, owner, idx, role, content, status, note, model)
+        select '{question.conversation}', 'owner', 9, 'user', 'x', 'done', '', '' from
+        (with recursive n(n) as (select 1 union all select n + 1 from n where n < 1200) select n from n)""")
+    await store.save([], [(reply.id, 'done', '', {})])
+    await store.trash(main.OWNER, question.conversation)
+    assert not await store.sweep()
+    await store.give_up(main.OWNER, question.conversation)
+    assert (await store.trashed(main.OWNER))[1] == 0 and not await store.restore(main.OWNER, question.conversation)
+    steps = 0
+    while await store.sweep(): steps += 1
+    assert steps == 4 and rows(store.file, f"select count(*) from message where conversation != '{other.conversation}'"
+                               ) == [[0]] and rows(store.file, 'select id from conversation') == [[other.conversation]]
+    store.close()
+
 def test_the_database_and_all_beside_it_are_private(new_site, tmp_path):
     site = new_site(tmp_path / 'data')
     site.person().ask('hello').ended()
@@ -1684,6 +1750,14 @@ class Tree(RuleBasedStateMachine):
         assert said[0] == said[1] and {m.id for m in copy}.isdisjoint(set().union(*self.known.values()))
         self.known[new] = {m.id for m in copy}
 
+    @rule(data=st.data(), everything=st.booleans())
+    def delete_and_restore(self, data, everything):
+        chat = self.some(data)[0]
+        since, gone = self.run('trash', None if everything else chat), [*self.known] if everything else [chat]
+        assert {c.id for c in self.run('trashed')[0]} == set(gone)
+        assert {c.id for c in self.run('conversations', limit=999)} == {*self.known} - set(gone)
+        assert self.run('restore', *([None, since] if everything else [chat])) == len(gone)
+
     @invariant()
     def the_path_is_a_path_and_nothing_is_out_of_reach(self):
         for chat, known in self.known.items():
@@ -2275,6 +2349,17 @@ def test_an_answer_full_of_markup_arrives_as_text(me, upstream):
             lambda n: n.tag in ('script', 'b'))
 
 
+@pytest.mark.parametrize('ago, zone, day', [
+    (0, 0, 'Today'), (3_600 * 13, 0, 'Yesterday'), (3_600 * 13, 600, 'Today'), (3_600 * 11, 840, 'Yesterday'),
+    (86_400 * 6, 0, 'Previous 7 days'), (86_400 * 20, 0, 'Previous 30 days'), (86_400 * 40, 0, 'October 2026'),
+    (86_400 * 400, 0, 'October 2025'), (-86_400 * 2, 0, 'Today')])
+def test_the_list_is_grouped_by_the_days_of_the_reader(ago, zone, day):
+    noon = 1_795_435_200            # 23 November 2026
+    conversation = main.Conversation('id', 'owner', 'title', None, 0, noon - ago)
+    assert main.day_of(conversation, zone, noon) == day
+    assert main.day_of(dataclasses.replace(conversation, pinned=1), zone, noon) == 'Pinned'
+
+
 # ---- Door -----------------------------------------------------------------------------------------------------------
 
 FOREIGN = ['https://evil.example', 'null', 'http://127.0.0.1:1', 'http://localhost', 'file://']
@@ -2788,6 +2873,13 @@ class Comings(RuleBasedStateMachine):
         for chat, tab in self.tabs.pop(who, []):
             assert chat.stop().status_code == 204 and tab.ends().code == 1000 and tab.status == 'stopped'
 
+    @rule(who=browsers, back=st.booleans())
+    def deletes(self, who, back):
+        for chat, tab in self.tabs.pop(who, []):
+            assert chat.post('/delete').status_code == 200 and tab.ends().code == 1000 and tab.status == 'stopped'
+            assert self.all[who].get(f'/c/{chat.id}').status_code == 404
+            if back: assert chat.post('/restore').status_code == 200 and chat.reply['content'] == 'half '
+
     def closed(self, who):
         for _, tab in self.tabs.pop(who, []): assert tab.ends().code == 4401
 
@@ -3219,6 +3311,124 @@ def test_conversations_are_listed(me, upstream):
     assert f'/c/{chat.id}' in [n.attrs.get('href') for n in Page(me.get('/').text).root.walk()]
     chat.ended()
 
+def names(html, id='conversations'):
+    "The list as a person reads it: headings and titles in order."
+    found = Page(html).root
+    return [plain(n.text).partition(', ')[0] for n in (found.find(id) or found).all(
+        lambda n: n.tag == 'h2' or n.tag == 'a' and 'id' in n.attrs)]
+
+@pytest.fixture(scope='module')
+def years(new_site):
+    "A site with 60 conversations from today and 60 from long ago, one of each pinned."
+    site = new_site()
+    for n in range(2): listed(site, id=f'pin{n}', title=f'pin {n}', pinned=n + 1.0, updated=n * time.time())
+    python(OPEN_DB + """
+for n in range(120):
+    at = time.time() - n if n < 60 else 1e9 - n
+    db.execute('insert into conversation (id, owner, title, leaf, created, updated, seen) select ?, owner, ?, leaf, 0, ?, ? '
+               "from conversation where id = 'pin0'", (f'y{n}', f'year {n}', at, time.time()))
+db.commit()""", site.db)
+    return site
+
+def test_further_pages_go_on_where_the_one_before_ended_and_say_no_heading_twice(years):
+    me, page = years.person(), None
+    said, place = names(me.get('/').text), '/'
+    assert said[:4] == ['Pinned', 'pin 1', 'pin 0', 'Today'] and len(said) == 52
+    while more := [n for n in Page(me.get(place, **{'HX-Request': 'true'} if page else {}).text).root.walk()
+                   if 'after=' in n.attrs.get('href', '')]:
+        place, page = more[0].attrs['href'], True
+        assert names(me.get(place).text, 'empty') == (fragment := names(me.get(place, **{'HX-Request': 'true'}).text))
+        said += fragment
+    assert said[:4] + [n for n in said[4:] if not n.startswith('year')] == [
+        'Pinned', 'pin 1', 'pin 0', 'Today', 'September 2001']
+    assert [n for n in said if n.startswith('year')] == [f'year {n}' for n in range(120)]
+    anew = names(me.get('/list?count=122', **{'HX-Request': 'true'}).text)
+    assert anew == said
+    for odd in ('[]', '[null,NaN,"x"]', '[null,1e300,"x"]', '["a",1,2]', '[[1],1,"a"]', '7', '"', '[1,2,{}]'):
+        assert me.get(f'/list?after={quote(odd)}&count=9e9', **{'HX-Request': 'true'}).status_code == 200
+
+def test_the_current_one_the_running_ones_and_the_unread_ones_are_marked(new_site, upstream):
+    me = new_site().person()
+    read, unread = me.ask(upstream.says('read')), me.ask(upstream.says('unread'))
+    read.ended(), unread.ended()
+    running = me.ask(upstream.says('half ', HANG))
+    def states(on=read): return {n.attrs['id'][2:]: (n.parent.attrs.get('data-state'), n.attrs.get('aria-current'))
+                                 for n in Page(on.page()).root.all(lambda n: n.attrs.get('id', '').startswith('c-'))}
+    assert states() == {read.id: (None, 'page'), unread.id: ('unread', None), running.id: ('running', None)}
+    assert read.post('/seen').status_code == 204 and states(running)[read.id] == (None, None)
+    assert 'data-unread' in unread.page() and states(running)[unread.id] == ('unread', None)
+    running.stop()
+    assert states()[running.id] == ('unread', None)
+    running.say(upstream.says('asking is seeing', HANG)).stop(), running.post('/seen')
+    assert states()[running.id] == (None, None) and running.post('/seen').status_code == 204
+
+def test_a_person_names_and_pins_a_conversation(new_site, upstream):
+    site = new_site(max_title_chars=20)
+    me = site.person()
+    chat, other = me.ask('first'), me.ask('second')
+    for typed, kept in [('  A\r\n name\0\t', 'A name'), ('<b>x</b>', '<b>x</b>'), ('x' * 20, 'x' * 20)]:
+        answer = chat.post('/rename', title=typed, headers={'HX-Current-URL': f'{me.url}/c/{chat.id}'})
+        assert kept in [n.text for n in Page(answer.text).root.all(lambda n: n.tag == 'h1')]
+        assert me.get(f'/c/{chat.id}.json').json()['title'] == kept
+    for typed, status in [('', 422), (' \n\0', 422), ('\u200b', 422), ('x' * 21, 413)]:
+        answer = chat.post('/rename', title=typed)
+        assert answer.status_code == status and a_sentence(answer)
+    assert other.post('/rename', title='other').status_code == 204
+    assert rows(site.db, 'select named from conversation') == [[2], [2]]
+    assert names(me.get('/').text) == ['Today', 'other', 'x' * 20]
+    chat.post('/pin', htmx=False, pinned='1')
+    assert names(me.get('/').text) == ['Pinned', 'x' * 20, 'Today', 'other']
+    assert 'Unpin' in me.get(f'/actions/{chat.id}').text
+    chat.post('/pin', pinned='')
+    assert names(me.get('/').text)[0] == 'Today'
+
+def test_what_is_deleted_is_nowhere_but_in_the_trash_and_comes_back_as_it_was(new_site, upstream):
+    site = new_site()
+    me = site.person()
+    kept, chat = me.ask('kept'), me.ask(question := upstream.says('half ', HANG), key='key-of-chat')
+    chat.watch().until('half')
+    answer = chat.post('/delete', headers={'HX-Current-URL': f'{me.url}/c/{kept.id}'})
+    assert upstream.called(question)[0].closed.wait(DEADLINE) and 'Undo' in answer.text
+    for path in ('', '.json', '.md', '/0', '/1', '/1.md'): assert me.get(f'/c/{chat.id}{path}').status_code == 404
+    for path in ('', '/stop', '/retry', '/pin', '/rename', '/delete', '/choices'):
+        assert chat.post(path, message='x', title='x').status_code == 404, path
+    assert me.post('/', message=question, key='key-of-chat').status_code == 404
+    assert me.get(f'/actions/{chat.id}').status_code == 404
+    assert close_code(me, f'/ws/chat/{chat.id}/1') == 4404 and '/trash' in chat.page()
+    assert names(me.get('/').text)[1:] == ['kept'] and question in me.get('/trash').text
+    assert '30 days left' in me.get('/trash').text and 'Undo' in me.get(f'/?deleted={chat.id}').text
+    assert chat.post('/restore', htmx=False).headers['Location'] == f'/c/{chat.id}'
+    assert (chat.reply['content'], chat.reply['status']) == ('half ', 'stopped')
+    assert 'Undo' not in me.get(f'/?deleted={chat.id}').text
+    assert chat.post('/restore').status_code == 200         # it is back already
+
+def test_everything_is_deleted_and_undone_together_and_the_trash_is_emptied_on_purpose(new_site, upstream):
+    site = new_site()
+    me = site.person()
+    before, chats = me.ask('deleted before'), [me.ask(f'number {n}') for n in range(3)]
+    for chat in chats: chat.ended()
+    before.post('/delete')
+    place = me.post('/trash/all', htmx=False).headers['Location']
+    assert names(me.get('/').text) == [] and 'Delete 4 for ever' in me.get('/trash').text
+    undo = Page(me.get(place).text).root.all(lambda n: n.attrs.get('name') == 'since')[0].attrs['value']
+    me.post('/trash/restore', since=undo)
+    assert len(names(me.get('/').text)) == 4 and 'Delete 1 for ever' in me.get('/trash').text
+    assert me.post('/trash/restore', since='x').status_code == 422
+    chats[0].post('/delete'), chats[1].post('/delete'), me.post(f'/trash/{chats[0].id}/delete')
+    assert chats[0].post('/restore').status_code == 404 and chats[1].post('/restore').status_code == 200
+    me.post('/trash/empty'), me.post(f'/trash/{chats[2].id}/delete')
+    assert eventually(lambda: rows(site.db, 'select count(*) from conversation') == [[2]])
+    assert chats[2].page() and rows(site.db, 'select count(distinct conversation) from message') == [[2]]
+
+def test_the_trash_is_swept_when_its_days_are_over(new_site):
+    site = new_site(trash_days=.001)
+    me = site.person()
+    gone, kept = listed(site, trashed=time.time() - 90), me.ask('kept')
+    assert gone not in me.get('/trash').text
+    kept.post('/delete')
+    assert eventually(lambda: rows(site.db, 'select id from conversation') == [[kept.id]])
+    assert kept.post('/restore').status_code == 200
+
 @pytest.mark.parametrize('path', ['', '.json', '.md', '/0'])
 @pytest.mark.parametrize('id', ['unknown', '0', '-1', '%00', 'a' * 5000, '..%2f..%2fetc', '1e999', "'--"])
 def test_an_unknown_conversation_is_404(me, id, path):
@@ -3319,6 +3529,29 @@ def test_a_message_that_asks_for_nothing_stops_nothing(me, upstream, message):
     gate.open()
     assert other.ends().text == 'half whole' and tab.ends().code in (1000, 4400) and chat.reply['status'] == 'done'
     assert '<img' not in tab.said
+
+
+def test_every_tab_hears_that_its_list_changed_and_of_nothing_else(site, me, upstream):
+    chat = me.ask(upstream.says('x'))
+    chat.ended()
+    chat.post('/seen')
+    with me.socket('/ws/list') as first, me.socket('/ws/list') as second:
+        def news(): return [s.recv(DEADLINE) for s in (first, second)]
+        seen = news()[0]
+        assert me.get('/list', **{'HX-Request': 'true'}).headers['x-edition'] == seen
+        for change in (lambda: chat.post('/rename', title='another'), lambda: chat.post('/pin', pinned='1'),
+                       lambda: chat.post('/delete'), lambda: chat.post('/restore')):
+            change()
+            assert len({*news(), seen}) == 2
+        chat.post('/seen'), chat.page(), me.get('/trash'), me.post('/look', theme='dark')
+        with pytest.raises(TimeoutError): second.recv(.6)
+        began = time.monotonic()
+        for n in range(20): chat.post('/rename', title=f'title {n}')
+        while first.recv(2) != me.get('/list', **{'HX-Request': 'true'}).headers['x-edition']: pass
+        assert time.monotonic() - began < 3
+        first.send('x')
+        with pytest.raises(ConnectionClosed) as closed: first.recv(DEADLINE)
+        assert closed.value.rcvd.code == 4400
 
 
 # ---- App ------------------------------------------------------------------------------------------------------------
@@ -3806,7 +4039,7 @@ class View:
         self.page.on('console', lambda m: m.type in ('error', 'warning') and self.console.append(m.text))
         self.page.on('pageerror', lambda e: self.console.append(str(e)))
         self.page.on('request', lambda r: self.hosts.add('/'.join(r.url.split('/')[:3])))
-        self.page.on('websocket', lambda s: self.sockets.append(s.url))
+        self.page.on('websocket', lambda s: s.url.endswith('/list') or self.sockets.append(s.url))  # not the list's
         self.page.add_init_script(script)
         self.page.goto(url)
 
@@ -4340,6 +4573,109 @@ def long(new_site):
 def scrolled(view): return view.page.evaluate('[scrollY, document.documentElement.scrollHeight - innerHeight - scrollY]')
 def said(view): return view.page.locator('#said').text_content()
 
+
+@browser_test
+def test_a_conversation_is_renamed_in_place_pinned_deleted_and_back_and_a_second_tab_follows(profile, new_site, upstream):
+    view = View(profile(), new_site(titles='off').url)
+    view.send(first := upstream.says('one')).ends()
+    view.page.goto(view.url)
+    view.send(second := upstream.says('two')).ends()
+    other = View(view.profile, view.url)
+    def titles(v): return [plain(t) for t in v.page.locator('#conversations a[id] > span:first-child').all_inner_texts()]
+    def menu(n, item):
+        view.page.locator('#conversations .more').nth(n).click()
+        view.page.locator('#menu').get_by_role('button', name=item, exact=True).click()
+    assert view.eventually(lambda: titles(other) == titles(view) == [second, first])
+    menu(0, 'Rename')
+    view.page.keyboard.type('not this')
+    view.page.keyboard.press('Escape')
+    assert titles(view) == [second, first]
+    menu(0, 'Rename')
+    view.page.keyboard.type('  A better <b>title</b> ')
+    view.page.keyboard.press('Enter')
+    assert view.eventually(lambda: titles(other) == titles(view) == ['A better <b>title</b>', first])
+    assert view.eventually(lambda: view.page.locator('h1').inner_text() == 'A better <b>title</b>' == view.page.title())
+    menu(1, 'Pin')
+    assert view.eventually(lambda: titles(other) == titles(view) == [first, 'A better <b>title</b>'])
+    assert other.page.locator('#conversations h2').all_inner_texts() == ['Pinned', 'Today']
+    menu(0, 'Delete')                                           # another one than is shown: one stays where one is
+    assert view.eventually(lambda: titles(other) == titles(view) == ['A better <b>title</b>'])
+    assert view.page.evaluate('document.activeElement.textContent') == 'Undo' and view.text(1) == 'two'
+    view.page.keyboard.press('Enter')
+    assert view.eventually(lambda: titles(other) == titles(view) == [first, 'A better <b>title</b>'])
+    assert not view.page.locator('#undo button').count()
+    there = view.page.url
+    view.page.locator('#heading .more').click()
+    view.page.locator('#menu').get_by_role('button', name='Delete').click()
+    view.page.wait_for_url('**/?deleted=*')
+    assert view.eventually(lambda: titles(other) == titles(view) == [first])
+    view.button('Undo').click()
+    view.page.wait_for_url(there)
+    assert view.text(1) == 'two' and view.eventually(lambda: len(titles(other)) == 2) and not view.console + other.console
+
+@browser_test
+def test_another_tab_sees_a_reply_run_and_that_it_is_unread_until_it_is_looked_at(view, upstream):
+    other = View(view.profile, view.url)
+    view.send(question := upstream.says('half ', gate := Gate(), 'whole')).until('half')
+    place = view.page.url
+    def state(v): return v.page.locator(f'#conversations li:has([href="{urlsplit(place).path}"])').get_attribute('data-state')
+    assert view.eventually(lambda: state(other) == state(view) == 'running')
+    view.page.goto(view.url)
+    gate.open()
+    assert view.eventually(lambda: state(other) == state(view) == 'unread')
+    view.page.goto(place)
+    assert view.eventually(lambda: state(other) is None is state(view)) and question in view.text(0)
+
+@browser_test
+def test_the_list_goes_on_as_one_scrolls_and_stays_where_it_is_when_it_changes(profile, years):
+    view = View(profile(), years.url)
+    rows_ = view.page.locator('#conversations a[id]')
+    assert rows_.count() == 50
+    for n in (100, 122):
+        rows_.last.scroll_into_view_if_needed()
+        assert view.eventually(lambda n=n: rows_.count() >= n)
+    assert [plain(t) for t in view.page.locator('#conversations h2').all_inner_texts()][:3] == ['Pinned', 'Today', 'September 2001']
+    assert view.page.locator('#conversations h2').count() == 3
+    view.page.locator('#c-y100').focus()
+    before = view.page.evaluate("[document.querySelector('#conversations').scrollTop, document.activeElement.id]")
+    years.person().post('/c/y119/rename', title='another title')
+    assert view.eventually(lambda: view.page.locator('#c-y119').inner_text() == 'another title')
+    assert view.page.evaluate("[document.querySelector('#conversations').scrollTop, document.activeElement.id]") == before
+    years.person().post('/c/y119/rename', title='year 119')
+    assert rows_.count() == 122
+
+@browser_test
+@pytest.mark.parametrize('script', [True, False])
+def test_on_a_phone_the_menu_of_a_conversation_works_without_javascript_too(profile, new_site, upstream, script):
+    site = new_site(titles='off')
+    site.person().ask('a question')
+    view = View(profile(java_script_enabled=script, viewport={'width': 390, 'height': 800}, has_touch=True), site.url)
+    def menu():
+        view.button('Conversations').first.click()
+        view.page.locator('#sidebar .more').click()
+    menu()
+    if script: view.page.locator('#menu').get_by_role('button', name='Rename').click()
+    field = view.page.locator('input[name=title]:visible')
+    field.fill('A name')
+    view.page.locator('form.rename:has(input:visible) button').click() if not script else field.press('Enter')
+    assert view.eventually(lambda: not view.page.locator('.rename input:visible').count())
+    view.page.goto(site.url)
+    assert view.page.locator('#conversations a[id]').text_content().startswith('A name')
+    menu()
+    view.page.get_by_role('button', name='Delete', exact=True).click()
+    view.button('Undo').click()
+    assert view.eventually(lambda: '/c/' in view.page.url or view.page.locator('#conversations a[id]').count())
+    assert not view.console
+
+@browser_test
+def test_the_list_finds_the_new_process_after_a_restart(profile, start):
+    server = start(DRAIN_SECONDS='0')
+    view = View(profile(), server.url)
+    server.signal(signal.SIGTERM)
+    assert server.exit() is not None
+    again = start(port=server.port)
+    Person(again.url).ask('from elsewhere')
+    assert view.eventually(lambda: view.page.locator('#conversations a[id]').count() == 1)
 
 @browser_test
 def test_keys_lead_to_the_composer_the_keys_and_the_palette(view):
