@@ -64,8 +64,7 @@ from fastcore.xml import NotStr
 from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Details, Dialog, Div, Dl, Dt, Footer,
                                  Form, Head, Header, Html, Img, Input, Kbd, Label, Li, Link, Main, Mark, Meta, Nav,
                                  Noscript, Optgroup, Option, P, Progress, Script, Select, Span, Summary, Template,
-                                 Textarea, Time, Title,
-                                 Ul, to_xml)
+                                 Textarea, Time, Title, Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
 from latex2mathml.converter import convert_to_element
