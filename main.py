@@ -54,7 +54,7 @@ from html import escape, unescape
 from ipaddress import ip_network
 from itertools import groupby, islice
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import apsw
 import httpx2
@@ -63,7 +63,7 @@ import uvicorn
 from fastcore.xml import NotStr
 from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Details, Dialog, Div, Dl, Dt, Footer,
                                  Form, Head, Header, Html, Img, Input, Kbd, Label, Li, Link, Main, Mark, Meta, Nav,
-                                 Noscript, Optgroup, Option, P, Progress, Script, Select, Span, Summary, Template,
+                                 Noscript, Optgroup, Option, P, Pre, Progress, Script, Select, Span, Summary, Template,
                                  Textarea, Time, Title, Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
@@ -144,6 +144,7 @@ class Settings:
     max_title_chars: int = setting(60, 'the longest title', low=2, high=400)
     trash_days: float = setting(30.0, 'how long what was deleted stays in the trash', low=0.001, high=3650)
     max_system_chars: int = setting(20_000, 'the longest system prompt', low=1, high=1_000_000)
+    max_searches: int = setting(8, 'web searches for one answer, and as many pages fetched', low=1, high=100)
     max_prompts: int = setting(200, 'saved prompts of one person', low=1, high=10_000)
     max_field_chars: int = setting(1_024, 'the longest field of a form that is not a message', low=50, high=10_000)
     max_body_bytes: int = setting(4_000_000, 'the longest body of a request', low=1_000, high=200_000_000)
@@ -1634,6 +1635,8 @@ def titled(answer: str, most: int) -> str:
     return in_a_line(''.join(c if c.isprintable() else ' ' for c in line[:1_000]).strip(' "\'“”„«»_.'), most)
 
 THOUGHTS = ('thinking', 'redacted_thinking')
+# The Models API has no word of its own for reading pages; searching without it would be half of what people expect.
+WEB = {'web_search': {}, 'web_fetch': {'citations': {'enabled': True}, 'max_content_tokens': 30_000}}
 
 def prefix_of(request: dict) -> str:
     """A mark of what stands before the first message. Newer models take their thinking back only if nothing before it
@@ -1664,6 +1667,16 @@ def as_sent(file: dict, sent: Mapping[str, str | None], model: Model, before: se
     cited = {'citations': {'enabled': True}} if model.citations else {}
     return {'type': 'document', 'source': source, 'title': name, **cited}
 
+def sent_back(blocks: list[dict]) -> list[dict]:
+    """What of an answer goes back to Claude: all of it as it came, but thinking that was not signed, texts that are
+    empty, and a tool's call without its result or the other way round, all of which the API refuses."""
+    calls, results = [[block.get(name) for block in blocks] for name in ('id', 'tool_use_id')]
+    def taken(block):
+        if block['type'] == 'thinking': return block.get('signature')
+        return block.get('text', True) and ('id' not in block or block['id'] in results) and (
+            'tool_use_id' not in block or block['tool_use_id'] in calls)
+    return [{name: value for name, value in block.items() if name != 'seconds'} for block in blocks if taken(block)]
+
 def history(path: list[Message], prefix='', model=Model(''), sent: Mapping[str, str | None] = {}) -> list[dict]:
     """What Claude is sent: the path without empty messages. A partial reply stands as text before the next question,
     never last: models refuse to go on from a text that isn't theirs to finish. Thinking under another `prefix` (see
@@ -1676,7 +1689,7 @@ def history(path: list[Message], prefix='', model=Model(''), sent: Mapping[str, 
             blocks = [as_sent(b, sent, model, before) if b['type'] == 'file' else b for b in m.blocks]
             return blocks + [{'type': 'text', 'text': m.content}] * bool(m.content.strip())
         same = m.role == 'user' or m.meta.get('prefix') == prefix
-        return [block for block in m.blocks if same or block.get('type') not in THOUGHTS] or m.content
+        return sent_back([block for block in m.blocks if same or block.get('type') not in THOUGHTS]) or m.content
     turns = [{'role': m.role, 'content': content(m)} for m in path]
     turns = [turn for turn in turns if isinstance(turn['content'], list) or turn['content'].strip()]
     while turns and turns[-1]['role'] == 'assistant': turns.pop()
@@ -1712,9 +1725,25 @@ GROWS = {'text_delta': 'text', 'thinking_delta': 'thinking', 'signature_delta': 
 
 def words_of(block): return block.get('text') if block['type'] == 'text' else ''
 
+MEANT = {ord(sign): f'&#{ord(sign)};' for sign in '&"<>`\\$|[]*_~'}  # what could mean something in Markdown
+RAISED = str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹')
+
+def cited(citation: dict, sources: dict[str, int]) -> str:
+    """A citation as Markdown: a numbered link to its source with the quoted passage as its title. Nothing in it can
+    mean anything else: https://spec.commonmark.org/0.31.2/#entity-and-numeric-character-references"""
+    def line(name, most): return ' '.join(str(citation.get(name) or '').split())[:most].translate(MEANT)
+    if not citation.get('url'):  # a passage of a file
+        page = citation.get('start_page_number')
+        return f' ({line("document_title", 80) or "a file"}{f", page {page}" if isinstance(page, int) else ""})'
+    url = quote(str(citation['url'])[:2_000], safe=":/?#@!&'(),;=%+~.*_-")
+    number = str(sources.setdefault(url, len(sources) + 1)).translate(RAISED)
+    return f'[{number}](<{url}> "{line("cited_text", 300)}")'
+
 class Heard:
-    "One answer put together from its events: the API's content blocks, why it stopped, what it cost."
-    def __init__(self):
+    """One answer put together from its events: the API's content blocks, why it stopped, what it cost. `sources` are
+    the numbers of what was cited so far. A thinking block also gets its `seconds`, which are ours."""
+    def __init__(self, sources):
+        self.sources, self.since = sources, 0.0
         self.blocks, self.parts, self.kept = [], [], 0  # whole blocks; the pieces of the open one; `kept` were told
         self.began, self.complete, self.reason, self.usage, self.held = False, False, None, {}, ''
 
@@ -1734,16 +1763,20 @@ class Heard:
                 if block['type'] == 'text':
                     if before and before[-1]['type'] != 'text' and any(map(words_of, before)): told.append('\n\n')
                     if block.get('text'): told.append(block['text'])
-                self.blocks, self.parts = [*before, block], []
+                self.blocks, self.parts, self.since = [*before, block], [], time.monotonic()
                 return told
             case 'content_block_stop' if self.blocks:
-                self._close(self.blocks[-1])
-                return [] if self.blocks[-1].keys() == {'type', 'text'} else self._tell(len(self.blocks))
+                self._close(block := self.blocks[-1])
+                if block.keys() == {'type', 'text'}: return []
+                marks = dict.fromkeys(cited(each, self.sources) for each in block.get('citations') or ())
+                return [*marks, *self._tell(len(self.blocks))]
             case 'message_start': self.usage = event['message'].get('usage') or {}
             case 'message_delta':
                 self.reason = event['delta'].get('stop_reason') or self.reason
                 self.usage = self.usage | {name: n for name, n in (event.get('usage') or {}).items() if n is not None}
-            case 'message_stop': self.complete = True
+            case 'message_stop':
+                self.complete = True
+                return self._tell(len(self.blocks)) if self.kept else []
             case 'error': raise upstream_error(event['error'])
         return []
 
@@ -1754,6 +1787,7 @@ class Heard:
             if kind == 'citations_delta': block['citations'] = [*(block.get('citations') or []), *grown]
             elif kind == 'input_json_delta': block['input'] = json.loads(''.join(grown) or '{}')
             else: block[GROWS[kind]] = block.get(GROWS[kind], '') + ''.join(grown)
+        if block['type'] == 'thinking': block['seconds'] = round(time.monotonic() - self.since, 1)
         self.parts = []
 
     def _tell(self, until):
@@ -1848,6 +1882,7 @@ class Claude:
             if said.get(name) in allowed: kept[name] = said[name]
         if tokens.isdecimal() and len(tokens) < 9 and 0 < int(tokens) < self.longest(model):
             kept['max_tokens'] = int(tokens)
+        if said.get('web') == 'on' and 'web_search' in model.tools: kept['web'] = 'on'
         return kept | ({'system': system} if system else {})
 
     def request(self, path: list[Message], choices: Mapping = {}, sent: Mapping[str, str | None] = {}) -> dict:
@@ -1866,6 +1901,9 @@ class Claude:
         elif 'adaptive' in model.thinking: request['thinking'] = {'type': 'adaptive', 'display': 'summarized'}
         elif think and most > 1024: request['thinking'] = {'type': 'enabled', 'budget_tokens': max(1024, most // 2)}
         if effort in model.efforts: request['output_config'] = {'effort': effort}
+        if 'web' in choices: request['tools'] = [
+            {'type': f'{name}_20260318', 'name': name, 'max_uses': self.settings.max_searches,
+             'allowed_callers': ['direct']} | more for name, more in WEB.items()]
         return request | {'messages': history(path, prefix_of(request), model, sent)}
 
     def titling(self, path: list[Message]) -> dict:
@@ -1924,9 +1962,9 @@ class Claude:
 
     async def _once(self, request, meta):
         "One answer, what each read of the connection brought; a `pause_turn` is sent back as it is and resumed."
-        silent = True
+        silent, sources = True, {}
         for _ in range(RESUMES):
-            heard = Heard()
+            heard = Heard(sources)
             async for events in self._reads(request, meta):
                 said, fault = [], None
                 try:
@@ -1947,7 +1985,7 @@ class Claude:
             if not heard.began: raise Fault(FOREIGN)
             if not heard.complete or not heard.reason: raise Fault(BROKE_OFF, status='interrupted')
             if heard.reason != 'pause_turn': break
-            paused = {'role': 'assistant', 'content': [block for block in heard.blocks if block.get('text', True)]}
+            paused = {'role': 'assistant', 'content': sent_back(heard.blocks)}
             request = request | {'messages': [*request['messages'], paused]}
         note = STOPS.get(heard.reason, f'Claude stopped for a reason that is not known here: {str(heard.reason)[:40]}.')
         yield Ended('done', note or 'Claude answered without words.' * silent)
@@ -2042,6 +2080,7 @@ Try these:
 
 - Say **slow**, then reload the page, close it, or open it in a second tab. The reply goes on.
 - Say **long**, and press Stop in the middle. What you saw is kept.
+- Say **think**, **search** or **refuse**, and see what Claude does beside writing.
 - Set `ANTHROPIC_API_KEY` and start Parley again to talk with Claude itself.
 
 ```python
@@ -2051,28 +2090,58 @@ def parley(you, claude):
 ```
 
 """
+DEMO_THOUGHT = 'They want to see me think. I can not, but I can show what it looks like while it happens. ' * 3
+DEMO_PAGE = {'type': 'web_search_result', 'title': 'Parley', 'url': 'https://en.wikipedia.org/wiki/Parley',
+             'page_age': 'October 3, 2026', 'encrypted_content': 'ZGVtbw=='}
+DEMO_SEARCH = [
+    {'type': 'text', 'text': 'I will look that up.'},
+    {'type': 'server_tool_use', 'id': 'srvtoolu_demo', 'name': 'web_search', 'input': {'query': 'what is a parley'}},
+    {'type': 'web_search_tool_result', 'tool_use_id': 'srvtoolu_demo', 'content': [DEMO_PAGE]},
+    {'type': 'text', 'text': 'A parley is a talk between two sides that are at war', 'citations': [
+        {'type': 'web_search_result_location', 'url': DEMO_PAGE['url'], 'title': 'Parley',
+         'encrypted_index': 'ZGVtbw==', 'cited_text': 'A parley is a conference, especially one between enemies.'}]},
+    {'type': 'text', 'text': '. (Nothing was really searched.)'}]
 
-def demo_answer(asked: str) -> tuple[str, float]:
-    "What the demo model says to `asked`, and the seconds between two words."
-    if asked.endswith(TITLING): return 'Demo: ' + ' '.join(asked.split('</')[0].split()[1:6]), 0
-    if 'long' in asked.lower():
-        part = 'It goes on and on, as you asked, until it ends or you stop it. ' * 8
-        return ''.join(f'## Part {n}\n\n{part}\n\n' for n in range(1, 26)), 0.008
-    return f'{DEMO_ANSWER}You said: “{" ".join(asked.split())[:200]}”', 0.25 if 'slow' in asked.lower() else 0.02
+def demo_answer(asked: str) -> tuple[list[dict], str, float]:
+    "What the demo model says to `asked`: blocks, why it stops, and the seconds between two words."
+    text, pause, said = f'{DEMO_ANSWER}You said: “{" ".join(asked.split())[:200]}”', 0.02, asked.lower()
+    if asked.endswith(TITLING): text, pause = 'Demo: ' + ' '.join(asked.split('</')[0].split()[1:6]), 0
+    elif 'slow' in said: pause = 0.25
+    elif 'long' in said:
+        part, pause = 'It goes on and on, as you asked, until it ends or you stop it. ' * 8, 0.008
+        text = ''.join(f'## Part {n}\n\n{part}\n\n' for n in range(1, 26))
+    elif 'search' in said: return DEMO_SEARCH, 'end_turn', pause
+    elif 'refuse' in said: return [{'type': 'text', 'text': 'I would rather'}], 'refusal', pause
+    thought = {'type': 'thinking', 'thinking': DEMO_THOUGHT, 'signature': 'ZGVtbw=='}
+    return [thought] * ('think' in said) + [{'type': 'text', 'text': text}], 'end_turn', pause
 
 class DemoStream(httpx2.AsyncByteStream):
-    "The events of one demo answer, word by word."
-    def __init__(self, text, pause): self.words, self.pause = re.findall(r'\s*\S+\s*?', text), pause
+    "The events of one demo answer: texts and thoughts word by word, other blocks in one."
+    GROWING = {'text': 'text_delta', 'thinking': 'thinking_delta'}
+
+    def __init__(self, blocks, reason, pause): self.blocks, self.reason, self.pause = blocks, reason, pause
 
     async def __aiter__(self):
         def event(type, **more): return f'event: {type}\ndata: {json.dumps(dict(type=type, **more))}\n\n'.encode()
-        yield event('message_start', message=dict(id='msg_demo', type='message', role='assistant', model='demo'))
-        yield event('content_block_start', index=0, content_block=dict(type='text', text=''))
-        for word in self.words:
-            yield event('content_block_delta', index=0, delta=dict(type='text_delta', text=word))
-            await asyncio.sleep(self.pause)
-        yield event('content_block_stop', index=0)
-        yield event('message_delta', delta=dict(stop_reason='end_turn'), usage=dict(output_tokens=len(self.words)))
+        yield event('message_start', message=dict(id='msg_demo', type='message', role='assistant', model='demo',
+                                                  usage=dict(input_tokens=12)))
+        count = 0
+        for index, block in enumerate(self.blocks):
+            kind, block, after = block['type'], {**block}, []
+            if kind == 'thinking': after = [dict(type='signature_delta', signature=block.pop('signature'))]
+            if kind == 'text': after = [dict(type='citations_delta', citation=each)
+                                        for each in block.pop('citations', ())]
+            words = re.findall(r'\s*\S+\s*?', block[kind]) if kind in self.GROWING else []
+            if words: block[kind] = ''
+            yield event('content_block_start', index=index, content_block=block)
+            for word in words:
+                yield event('content_block_delta', index=index, delta={'type': self.GROWING[kind], kind: word})
+                await asyncio.sleep(self.pause)
+            for delta in after: yield event('content_block_delta', index=index, delta=delta)
+            if not words: await asyncio.sleep(20 * self.pause)
+            yield event('content_block_stop', index=index)
+            count += len(words)
+        yield event('message_delta', delta=dict(stop_reason=self.reason), usage=dict(output_tokens=count))
         yield event('message_stop')
 
 def demo_model(id, name, **can):
@@ -2098,9 +2167,9 @@ class Demo(httpx2.AsyncBaseTransport):
         if request.method == 'GET': return httpx2.Response(200, json={'data': DEMO_MODELS, 'has_more': False})
         asked = json.loads(await request.aread())['messages'][-1]['content']
         if isinstance(asked, list): asked = ' '.join(b.get('text', f'({b["type"]})') for b in asked)
-        text, pause = demo_answer(asked)
+        blocks, reason, pause = demo_answer(asked)
         return httpx2.Response(200, headers={'content-type': 'text/event-stream'},
-                               stream=DemoStream(text, pause * self.pace))
+                               stream=DemoStream(blocks, reason, pause * self.pace))
 
 # %%
 if NOTEBOOK:
@@ -2956,13 +3025,13 @@ def StopForm(message):
     action = stop.to(conversation_id=message.conversation)
     return Form(Button('Stop', cls='quiet'), id='stop', method='post', action=action, hx_post=action, hx_swap='none')
 
-def Step(action, message, *content, **attrs):
+def BranchForm(action, message, *content, **attrs):
     "A form under a message. It is answered by the path from there on, or by the page."
     return Form(*content, method='post', action=action, hx_post=action, hx_target=f'#msg-{message.idx}',
                 hx_swap='outerHTML', **attrs)
 
 def RetryForm(message, words='Retry', **attrs):
-    return Step(retry.to(conversation_id=message.conversation), message,
+    return BranchForm(retry.to(conversation_id=message.conversation), message,
                 Button(words, name='at', value=message.id, cls='quiet', **attrs), Key(id=None),
                 cls='retry', hx_disabled_elt='find button')
 
@@ -2972,7 +3041,7 @@ def Walk(message):
     def Way(sign, words, other):
         return Button(Span(sign, aria_hidden='true'), Unseen(f'{words} version, {n + 1} of {len(versions)} is shown'),
                       id=f'{words}-{message.idx}', name='message', value=other, cls='quiet')  # htmx keeps focus by id
-    return Step(choose_branch.to(conversation_id=message.conversation), message,
+    return BranchForm(choose_branch.to(conversation_id=message.conversation), message,
                 Way('‹', 'Previous', versions[n - 1]), f'{n + 1}/{len(versions)}',
                 Way('›', 'Next', versions[(n + 1) % len(versions)]), cls='walk', role='group', aria_label='Versions')
 
@@ -2981,7 +3050,7 @@ def Editor(message):
     back = fragment.to(conversation_id=message.conversation, idx=message.idx)
     return Article(
         H2('You', cls='unseen'),
-        Step(edit.to(conversation_id=message.conversation), message,
+        BranchForm(edit.to(conversation_id=message.conversation), message,
              Input(type='hidden', name='at', value=message.id), Key(id=None),
              Div(Textarea('\n' + message.content, name='message', rows=2, autofocus=True, autocomplete='off',
                           aria_label='Your question'),
@@ -3033,30 +3102,120 @@ def Coming():
     name = Span(Span(cls='called'), Progress(max=1, value=0), cls='name')
     return Template(Li(name, Remove('this file'), cls='chip'), id='coming')
 
-def Bubble(message, shown, notice='', **live):
-    "A message. `shown` is its content as HTML; `live` are the attributes that keep it going while it is written."
+MOST_STEPS, LONGEST_STEP = 200, 20_000  # of one reply that are shown; characters of one
+
+@dataclass
+class Step:
+    "Something Claude did beside writing: a content block, and the one with its result. `n` counts from 0."
+    n: int
+    block: dict
+    result: dict | None = None
+
+def take_step(steps: list[Step], block: dict) -> Step | None:
+    "Put a block where it belongs: the step that is new or has changed, None if there is none to be seen."
+    open = next((step for step in steps if step.block.get('open')), None)
+    if block['type'] == 'text': return None
+    if block['type'] == 'thinking' and open:
+        open.block = block
+        return open
+    of = block.get('tool_use_id')
+    for step in steps:
+        if of and step.block.get('id') == of:
+            step.result = block
+            return step
+    if len(steps) >= MOST_STEPS: return None
+    steps.append(Step(len(steps), block))
+    return steps[-1]
+
+def steps_of(blocks):
+    steps = []
+    for block in blocks: take_step(steps, block)
+    return steps
+
+def cut(text): return text if len(text) <= LONGEST_STEP else text[:LONGEST_STEP] + ' … (cut)'
+def in_json(value): return cut(json.dumps(value, ensure_ascii=False, indent=1)) if value else ''
+
+def Source(url, title, age=''):
+    "A page that a tool found: a link if it leads to a host, which is said."
+    host = host_of(str(url), ('http', 'https'))
+    words = str(title or url)[:200]
+    if not host: return Li(words)
+    return Li(A(words, href=str(url), target='_blank', rel='noopener noreferrer nofollow'),
+              Span(f' {host}', cls='host'), f' · {str(age)[:40]}' if age else None)
+
+def Result(result):
+    "What a tool brought: pages, texts, or why there is nothing."
+    content = result.get('content')
+    if isinstance(content, dict) and 'error_code' in content:
+        return P(f'It failed: {str(content["error_code"])[:60].replace("_", " ")}.')
+    if isinstance(content, dict) and 'url' in content:  # a page that was read
+        page = content.get('content') if isinstance(content.get('content'), dict) else {}
+        return Ul(Source(content['url'], page.get('title'), content.get('retrieved_at')))
+    some = [each for each in content if isinstance(each, dict)][:50] if isinstance(content, list) else []
+    pages = [Source(each['url'], each.get('title'), each.get('page_age')) for each in some if 'url' in each]
+    said = '\n'.join(str(each.get('text')) for each in some if each.get('text')) or isinstance(content, str) and content
+    return (P('It failed.') if result.get('is_error') else None, Ul(*pages) if pages else None,
+            Pre(cut(said)) if said else None if pages else P('Nothing came back.'))
+
+def told_step(step):
+    "What a step was, in words, and what it brought."
+    block, done = step.block, step.result is not None
+    asked = block.get('input') if isinstance(block.get('input'), dict) else {}
+    match block['type'], str(block.get('name')):
+        case 'thinking', _:
+            seconds = block.get('seconds')
+            words = f'Thought for {seconds:.0f} s' if isinstance(seconds, float) else 'Thought'
+            return 'Thinking' if block.get('open') else words, ''.join(block['thinking'])
+        case 'redacted_thinking', _: return 'Thought something that is kept, but encrypted by the model’s makers', None
+        case _, 'web_search':
+            return f'{"Searched" if done else "Searching"} for “{str(asked.get("query", ""))[:200]}”', None
+        case _, 'web_fetch':
+            return f'{"Read" if done else "Reading"} {host_of(str(asked.get("url", ""))) or "a page"}', None
+    name = ' · '.join(str(part)[:80] for part in (block.get('server_name'), block.get('name') or block['type']) if part)
+    return f'{"Used" if done else "Using"} {name}', in_json(asked)
+
+def StepSummary(idx, step, **attrs): return Summary(told_step(step)[0], id=f'sum-{idx}-{step.n}', **attrs)
+
+def StepBody(idx, step, **attrs):
+    words = told_step(step)[1]
+    return Div(Pre(words, id=f'said-{idx}-{step.n}') if words is not None else None,
+               Result(step.result) if step.result else None,
+               id=f'step-{idx}-{step.n}', **attrs)
+
+def StepFold(idx, step): return Details(StepSummary(idx, step), StepBody(idx, step))
+
+def Steps(idx, steps, **attrs):
+    "What Claude did beside writing, above what it wrote."
+    return Div(*[StepFold(idx, step) for step in steps], id=f'steps-{idx}', cls='steps', **attrs)
+
+def StepsFrame(idx, steps) -> str: return framed(Steps(idx, steps, hx_swap_oob='true')) if steps else ''
+def framed(element) -> str: return to_xml(element, indent=False)
+
+def Bubble(message, shown, notice='', steps=None, **live):
+    """A message. `shown` is its content as HTML, `steps` what was done beside; `live` are the attributes that keep it
+    going while it is written."""
     return Article(
         H2('You' if message.role == 'user' else 'Claude', cls='unseen'),
+        Steps(message.idx, steps_of(message.blocks) if steps is None else steps) if message.role != 'user' else
         Files([block for block in message.blocks if block['type'] == 'file']),
-        Div(NotStr(shown), id=f'content-{message.idx}', cls='content',
-            hx_disable=True),
+        Div(NotStr(shown), id=f'content-{message.idx}', cls='content', hx_disable=True),
         State(message, notice), Actions(message), id=f'msg-{message.idx}', cls='message', data_role=message.role,
         data_status=message.status, **live)
 
-def streaming_message_bubble(msg_idx, conversation_id, message, shown=''):
+def streaming_message_bubble(msg_idx, conversation_id, message, shown='', steps=None):
     "The bubble of a reply that is being written: its socket brings the rest."
-    return Bubble(message, shown, hx_ext='ws', ws_connect=f'/ws/chat/{conversation_id}/{msg_idx}',
+    return Bubble(message, shown, steps=steps, hx_ext='ws', ws_connect=f'/ws/chat/{conversation_id}/{msg_idx}',
                   data_poll=fragment.to(conversation_id=conversation_id, idx=msg_idx))
 
-def PollingBubble(message, shown):
+def PollingBubble(message, shown, steps=None):
     "The same where WebSockets are blocked: it asks for itself once a second until it is over."
-    return Bubble(message, shown, hx_get=fragment.to(conversation_id=message.conversation, idx=message.idx),
-                  hx_trigger='every 1s', hx_swap='outerHTML')
+    place = fragment.to(conversation_id=message.conversation, idx=message.idx)
+    return Bubble(message, shown, steps=steps, hx_get=place, hx_trigger='every 1s', hx_swap='outerHTML')
 
-def Reply(message, shown):
+def Reply(message, shown, steps=None):
     "A message as it is now: live while it is being written, plain when it is over."
-    if message.status != RUNNING: return Bubble(message, shown)
-    return streaming_message_bubble(message.idx, message.conversation, message, shown)
+    if message.status != RUNNING: return Bubble(message, shown, steps=steps)
+    return streaming_message_bubble(message.idx, message.conversation, message, shown, steps)
 
 def Transcript(path, bubbles):
     "Messages in a row. What stands before them is loaded when the reader gets there; without the script, by a link."
@@ -3089,6 +3248,7 @@ class LiveReply:
         self.turn, self.words, self.read = turn, Typesetter(), 0
         self.finished = self.closed = False  # typeset to the end; and its last frame is made
         self.frames, self.count, self.notice = deque(maxlen=self.KEPT), 0, ''
+        self.steps, self.stepped = [], 0  # what was done beside; of `turn.aside` this much is among them
         self.lock = asyncio.Lock()
 
     @classmethod
@@ -3122,7 +3282,7 @@ class LiveReply:
 
     def _add(self, changes):
         reply, last = self.turn.reply, self.finished and not self.closed
-        frame = ''.join(Frame(reply.idx, change) for change in changes)
+        frame = self._steps() + ''.join(Frame(reply.idx, change) for change in changes)
         if last: frame += f'<div hx-swap-oob="delete:#tail-{reply.idx}"></div>'
         if last or self.notice != self.turn.notice:
             self.notice = self.turn.notice
@@ -3132,10 +3292,34 @@ class LiveReply:
             self.frames.append(frame)
             self.count += 1
 
+    def _steps(self):
+        "Frames for what Claude did beside writing. A fold that the reader has opened stays open: it is only filled."
+        new, idx, frames = self.turn.aside[self.stepped:], self.turn.reply.idx, ''
+        self.stepped += len(new)
+        for kind, text in new:
+            last = self.steps[-1] if self.steps else None
+            if kind == 'thought' and last and last.block.get('open'):
+                last.block['thinking'].append(text)
+                frames += framed(Pre(text, id=f'said-{idx}-{last.n}', hx_swap_oob='beforeend'))
+                continue
+            block = json.loads(text) if kind == 'block' else {'type': 'thinking', 'thinking': [text], 'open': True}
+            known = len(self.steps)
+            if not (step := take_step(self.steps, block)): continue
+            if len(self.steps) > known:
+                frames += framed(Div(StepFold(idx, step), hx_swap_oob=f'beforeend:#steps-{idx}'))
+            else:
+                frames += framed(StepSummary(idx, step, hx_swap_oob='true'))
+                if step.result: frames += framed(StepBody(idx, step, hx_swap_oob='true'))
+        return frames
+
+    def look(self): return self.html(), self.steps
+
     def since(self, cursor: int | None) -> tuple[int, str]:
         "The cursor now, and what to send to a viewer that has had the frames before `cursor` (None: nothing yet)."
         if cursor is None or self.count - cursor > len(self.frames):
-            return self.count, Snapshot(self.turn.reply.idx, self.html()) + StateFrame(self.turn.reply, self.notice)
+            idx = self.turn.reply.idx
+            return self.count, (StepsFrame(idx, self.steps) + Snapshot(idx, self.html())
+                                + StateFrame(self.turn.reply, self.notice))
         return self.count, ''.join(islice(self.frames, len(self.frames) - (self.count - cursor), None))
 
     def html(self) -> str:
@@ -3250,6 +3434,9 @@ def Opener(setup, **attrs):
                Button(f'Go on with {next.name}', name='instead', value=next.id, form='composer', formaction=setup.place,
                       cls='quiet', hx_post=setup.place, hx_target='#fields', hx_swap='outerHTML',
                       hx_params='not message,key') if gone and next else None,
+               Label(Input(type='checkbox', name='web', value='on', checked='web' in setup.choices, form='composer',
+                           hx_post=setup.place, hx_trigger='change', hx_swap='none', hx_params='not message,key'),
+                     'Web search', cls='quiet') if 'web_search' in setup.model.tools else None,
                Button(setup.model.name, type='button', popovertarget='panel', cls='quiet',
                       title='Model and settings of this conversation', data_action='Settings of this conversation'),
                id='opener', data_reads=' '.join(['image'] * setup.model.images + ['pdf'] * setup.model.pdfs), **attrs)
@@ -3288,8 +3475,9 @@ def Empty(model):
         Ul(Li('Ask anything. The answer is set in type here while it is being written.'),
            Li('Close the tab, lose the network, restart the server: no word is lost.'),
            Li('Everything stays in one file on your own disk, and no other site hears of it.')),
-        P('The demo model answers, because no key is set. It does not think, but it streams: say ', B('slow'), ' or ',
-          B('long'), ' to it. Set ', Code('ANTHROPIC_API_KEY'), ' and start again to talk with Claude.', cls='demo')
+        P('The demo model answers, because no key is set. It streams and plays: say ', B('slow'), ', ',
+          B('long'), ', ', B('think'), ', ', B('search'), ' or ', B('refuse'), ' to it. Set ',
+          Code('ANTHROPIC_API_KEY'), ' and start again to talk with Claude.', cls='demo')
         if demo else P(f'{model.name} answers.', cls='demo'),
         Div(*[Form(Input(type='hidden', name='message', value=words),
                    Input(type='hidden', name='key', value=secrets.token_urlsafe(12)),
@@ -3654,8 +3842,15 @@ body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) {
 .state #stop { display: none; }
 @media (scripting: none) { .state #stop { display: block; } }
 .message:not(:last-of-type) .state .retry { display: none; }
+.steps { color: var(--soft); font-size: var(--small); }
+.steps summary { width: fit-content; padding: .125rem 0; cursor: pointer; border-radius: .25rem; }
+.steps details > div { margin: .25rem 0 .75rem .375rem; padding-left: .875rem; border-left: 2px solid var(--line); }
+.steps :is(pre, ul, p) { margin: .25rem 0; } .steps ul { padding-left: 1rem; }
+.steps pre { max-height: 40vh; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
+.steps:not(:empty) { margin-bottom: .75rem; }
+[data-status=streaming] .steps details:last-child summary { animation: pulse 1.6s ease-in-out infinite alternate; }
 /* at work: a quiet pulse, then a caret where the text ends */
-[data-status=streaming]:not(:has(.state p)) :is(.content:empty, [id^=tail-]:only-child:empty)::after {
+[data-status=streaming]:not(:has(.state p, .steps > *)) :is(.content:empty, [id^=tail-]:only-child:empty)::after {
   content: 'Claude is thinking'; color: var(--soft); font: var(--small)/1.6 var(--ui);
   animation: pulse 1.6s ease-in-out infinite alternate; }
 [id^=end-]::after { content: ''; border-left: .15em solid var(--accent); margin-left: .15em; font-size: .8em; }
@@ -3703,6 +3898,10 @@ body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) {
   border-radius: var(--round); font: var(--small)/1.6 var(--ui); color: var(--accent); cursor: pointer;
   text-decoration: none; }
 .host { color: var(--soft); font-size: .875em; }
+input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
+.content > * { position: relative; } .content a[title]:focus-visible::after { content: attr(title); position: absolute;
+  left: 0; right: 0; top: 100%; z-index: 1; padding: .5rem .75rem; border: 1px solid var(--edge); color: var(--ink);
+  border-radius: var(--round); background: var(--page); font: var(--tiny)/1.5 var(--ui); }
 .content :is(sup, sub) { line-height: 0; font-size: .75em; }
 .content .notes { margin-top: 2rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: var(--small); }
 .content summary { cursor: pointer; border-radius: .25rem; } .content :is(summary, .cut) { color: var(--soft); }
@@ -4723,7 +4922,7 @@ async def bubble(req, message, make=Reply):
     turn = message.status == RUNNING and parley(req).turns.find(message)
     if turn:
         live = LiveReply.of(turn)
-        return make(message, await live.now(live.html))
+        return make(message, *await live.now(live.look))
     if message.status == RUNNING:  # it has ended since it was read
         message = await parley(req).store.message(owner(req), message.conversation, message.idx)
     return make(message, await parley(req).shelf.content(message))
@@ -5244,7 +5443,8 @@ async def watch(ws, conversation_id, msg_idx):
         else:
             message = await here.store.message(owner(ws), conversation_id, idx)
             if message.status == RUNNING: return await ws.close(1012)  # just begun anew: come again
-            await ws.send_text(Snapshot(idx, await here.shelf.content(message)) + StateFrame(message))
+            await ws.send_text(StepsFrame(idx, steps_of(message.blocks))
+                               + Snapshot(idx, await here.shelf.content(message)) + StateFrame(message))
         await ws.close(1000)
     except WebSocketDisconnect: pass
     except Exception as error:  # noqa: BLE001 no close frame would be a loop of reconnections

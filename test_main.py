@@ -1340,6 +1340,140 @@ def test_a_retired_model_says_so_and_offers_the_next_of_its_line(lab):
     assert body(lab, question)['model'] == 'claude-old-1'
 
 
+# ---- What Claude does beside writing --------------------------------------------------------------------------------
+
+def block(index, start, *deltas):
+    "The events of one content block."
+    return (event('content_block_start', index=index, content_block=start)
+            + b''.join(event('content_block_delta', index=index, delta=each) for each in deltas)
+            + event('content_block_stop', index=index))
+
+def thinks(index, text, signature='sig'):
+    return block(index, {'type': 'thinking', 'thinking': '', 'signature': ''}, {'type': 'thinking_delta', 'thinking': text},
+                 {'type': 'signature_delta', 'signature': signature})
+
+def writes(index, text, *citations):
+    return block(index, {'type': 'text', 'text': ''}, {'type': 'text_delta', 'text': text},
+                 *[{'type': 'citations_delta', 'citation': each} for each in citations])
+
+def cites(url, text, **more):
+    return {'type': 'web_search_result_location', 'url': url, 'title': 'A page', 'encrypted_index': 'x', 'cited_text': text} | more
+
+PAGES = [{'type': 'web_search_result', 'url': 'https://a.example/x', 'title': 'A page', 'encrypted_content': 'secret', 'page_age': 'May'},
+         {'type': 'web_search_result', 'url': 'javascript:alert(1)', 'title': '<b>bad</b>', 'encrypted_content': 'secret'}]
+SEARCH = (block(1, {'type': 'server_tool_use', 'id': 's1', 'name': 'web_search', 'input': {}},
+                {'type': 'input_json_delta', 'partial_json': '{"query": "<i>tea'}, {'type': 'input_json_delta', 'partial_json': '</i>"}'}),
+          block(2, {'type': 'web_search_tool_result', 'tool_use_id': 's1', 'content': PAGES}))
+MESSAGE = event('message_start', message={'id': 'm', 'type': 'message', 'role': 'assistant', 'model': 'x', 'content': [],
+                                          'usage': {'input_tokens': 3, 'output_tokens': 1}})
+def steps(page, idx=1): return plain(page.root.find(f'steps-{idx}').text), [
+    plain(''.join(c for c in n.children if isinstance(c, str))) for n in page.root.find(f'steps-{idx}').all(lambda n: n.tag == 'summary')]
+
+def test_thinking_and_searching_are_shown_as_they_happen_and_after_a_reload(me, upstream):
+    gates = [Gate() for _ in range(3)]
+    chat = me.ask(upstream.plays(raw(
+        MESSAGE, event('content_block_start', index=0, content_block={'type': 'thinking', 'thinking': '', 'signature': ''}),
+        event('content_block_delta', index=0, delta={'type': 'thinking_delta', 'thinking': 'I <b>wonder'}), gates[0],
+        event('content_block_delta', index=0, delta={'type': 'thinking_delta', 'thinking': ' aloud'}),
+        event('content_block_delta', index=0, delta={'type': 'signature_delta', 'signature': 'sig'}),
+        event('content_block_stop', index=0), SEARCH[0], gates[1], SEARCH[1], writes(3, 'Tea', cites('https://a.example/x', 'hot')),
+        gates[2], writes(4, '.'), end())))
+    tab = chat.watch().until('I <b>wonder')
+    assert steps(tab.page)[1] == ['Thinking'] and steps(Page(chat.page()))[0] == 'I <b>wonder'
+    gates[0].open()
+    while not any('Searching for “<i>tea</i>”' in told for told in steps(tab.page)[1]): assert tab.read()
+    assert steps(tab.page)[0] == 'I <b>wonder aloud' and steps(chat.tab().page) == steps(tab.page)
+    gates[1].open()
+    tab.until('a.example')
+    gates[2].open()
+    tab.ends()
+    assert steps(tab.page)[1] == ['Thought for 0 s', 'Searched for “<i>tea</i>”'] or 'Thought' in steps(tab.page)[1][0]
+    assert steps(tab.page) == steps(Page(chat.page())) and 'javascript:' not in chat.page()
+    assert chat.reply['content'] == 'Tea[¹](<https://a.example/x> "hot").'
+
+def test_an_answer_goes_back_block_for_block(me, upstream):
+    redacted = {'type': 'redacted_thinking', 'data': 'zzz'}
+    unknown = {'type': 'something_new', 'payload': [1, {'a': None}]}
+    chat = me.ask(upstream.plays(raw(
+        MESSAGE, thinks(0, 'hm'), *SEARCH, writes(3, 'Tea'), writes(4, ' is hot', cites('https://a.example/x', 'hot')),
+        block(5, redacted), block(6, unknown), writes(7, 'So.'), end())))
+    assert chat.ended()['content'] == 'Tea is hot[¹](<https://a.example/x> "hot")\n\nSo.'
+    chat.say(question := upstream.says('well')).ended()
+    (call,) = upstream.called(question)
+    assert call.body['messages'][1]['content'] == [
+        {'type': 'thinking', 'thinking': 'hm', 'signature': 'sig'},
+        {'type': 'server_tool_use', 'id': 's1', 'name': 'web_search', 'input': {'query': '<i>tea</i>'}},
+        {'type': 'web_search_tool_result', 'tool_use_id': 's1', 'content': PAGES}, {'type': 'text', 'text': 'Tea'},
+        {'type': 'text', 'text': ' is hot', 'citations': [cites('https://a.example/x', 'hot')]}, redacted, unknown,
+        {'type': 'text', 'text': 'So.'}]
+
+@pytest.mark.parametrize('parts, content', [
+    ([thinks(0, 'hm', ''), writes(1, 'x')], [{'type': 'text', 'text': 'x'}]),
+    ([writes(0, 'x'), SEARCH[0]], [{'type': 'text', 'text': 'x'}]),
+    ([writes(0, 'x'), SEARCH[1]], [{'type': 'text', 'text': 'x'}]),
+    ([writes(0, 'x'), block(1, {'type': 'server_tool_use', 'id': ['odd'], 'name': 7, 'input': 'no'})], [{'type': 'text', 'text': 'x'}])])
+def test_what_the_api_would_refuse_is_not_sent_back(me, upstream, parts, content):
+    chat = me.ask(upstream.plays(raw(MESSAGE, *parts, end())))
+    assert chat.ended()['status'] == 'done' and chat.tab().page
+    chat.say(question := upstream.says('well')).ended()
+    assert upstream.called(question)[0].body['messages'][1]['content'] == content
+
+def test_a_stopped_reply_keeps_the_thinking_that_was_shown_and_goes_back_as_text(me, upstream):
+    chat = me.ask(upstream.plays(raw(MESSAGE, thinks(0, 'so far'), writes(1, 'half '), HANG)))
+    tab = chat.watch().until('half')
+    chat.stop()
+    tab.ends()
+    assert 'so far' in chat.tab().said and chat.reply['status'] == 'stopped'
+    chat.say(question := upstream.says('well')).ended()
+    assert upstream.called(question)[0].body['messages'][1]['content'].strip() == 'half'
+
+def test_a_pause_is_resumed_with_all_its_blocks(me, upstream):
+    chat = me.ask(question := upstream.plays(raw(MESSAGE, thinks(0, 'hm'), *SEARCH, end('pause_turn')), says('Tea.')))
+    assert chat.ended()['content'] == 'Tea.'
+    assert [each['type'] for each in upstream.called(question)[1].body['messages'][-1]['content']] == [
+        'thinking', 'server_tool_use', 'web_search_tool_result']
+
+@pytest.mark.parametrize('text', ['"', '\\', '") [x](javascript:alert(1)', '`a`', '$x$', '</a><script>alert(1)</script>', '&quot;', '|',
+                                  'a\n\nb', '*a* _b_ ~~c~~', '[1]: http://evil.example', '\ufdd0 \0', ']()'])
+def test_a_citation_is_one_link_whatever_it_quotes(text):
+    mark = main.cited(cites('https://a.example/x', text), {})
+    html = ''.join(main.render('before `code ' + mark + ' after $5 ' + mark))
+    links = Page(html).root.all(lambda n: n.tag == 'a')
+    assert [(n.attrs['href'], n.text) for n in links] == [('https://a.example/x', '¹')] * 2
+    assert links[0].attrs.get('title', '') == main.normal(' '.join(text.split()))
+
+@pytest.mark.parametrize('url', ['javascript:alert(1)', 'https://a.example/"><script>', 'https://a.example/) [x](b', 'data:text/html,x', '<>'])
+def test_the_address_of_a_citation_can_not_break_out(url):
+    html = ''.join(main.render('x ' + main.cited(cites(url, 'words'), {}) + ' y'))
+    links = Page(html).root.all(lambda n: n.tag == 'a')
+    assert len(links) <= 1 and all(n.attrs['href'].startswith('https://a.example/') for n in links) and '<script' not in html
+
+def test_the_same_source_has_one_number_and_a_file_is_named():
+    sources = {}
+    marks = [main.cited(cites(f'https://a.example/{name}', 'x'), sources) for name in 'aba']
+    assert [mark[1] for mark in marks] == ['¹', '²', '¹']
+    assert main.cited({'document_title': '*My* file', 'start_page_number': 3, 'cited_text': 'x'}, {}) == ' (&#42;My&#42; file, page 3)'
+
+def test_failures_of_tools_are_said_in_words(me, upstream):
+    failed = {'type': 'web_search_tool_result_error', 'error_code': 'max_uses_exceeded'}
+    chat = me.ask(upstream.plays(raw(
+        MESSAGE, SEARCH[0], block(2, {'type': 'web_search_tool_result', 'tool_use_id': 's1', 'content': failed}), writes(3, 'Well.'), end())))
+    chat.ended()
+    assert 'It failed: max uses exceeded.' in chat.tab().said
+
+def test_searching_is_offered_and_asked_for_where_the_model_can(new_site, upstream):
+    search = {'supported': True, 'web_search': {'supported': True}}
+    upstream.models = [[{'id': 'finder', 'capabilities': {'server_tools': search}}, {'id': 'plain', 'capabilities': {}}]]
+    me = new_site(model='finder').person()
+    assert eventually(lambda: 'name="web"' in me.get('/').text)
+    me.ask(question := upstream.says('well'), model='finder', web='on').ended()
+    tools = upstream.called(question)[0].body['tools']
+    assert [(tool['type'], tool['max_uses']) for tool in tools] == [('web_search_20260318', 8), ('web_fetch_20260318', 8)]
+    me.ask(question := upstream.says('well'), model='plain', web='on').ended()
+    assert 'tools' not in upstream.called(question)[0].body
+    upstream.models = None
+
+
 # ---- Claude's faults: all are started together, then looked at one by one -------------------------------------------
 
 BUSY, TRYING, RETRY, ANY = r'(?i)busy|overloaded|reach', r'(?i)trying again in \d', r'(?i)retry', r'\w'
