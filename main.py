@@ -630,7 +630,7 @@ def examined(database: Path):
 
 SECRETS = ['delete from session']  # what a copy that leaves the machine by the page is without
 
-def copy_database(database: Path, file: Path, without=()) -> Path:
+def copy_database(database: Path, file: Path, without=(), spare=1_000_000) -> Path:
     """A consistent copy, also of a database in use, by SQLite's own backup (https://sqlite.org/backup.html): all of it
     or nothing, readable by its owner only, never in place of a file that exists. Raises `Unusable`."""
     if file.exists(): raise Unusable(f'there is a file {file.name} already')
@@ -639,7 +639,7 @@ def copy_database(database: Path, file: Path, without=()) -> Path:
     try:
         with examined(database) as source:
             size = source.pragma('page_count') * source.pragma('page_size')
-            if shutil.disk_usage(file.parent).free < size + 1_000_000: raise apsw.FullError
+            if shutil.disk_usage(file.parent).free < size + spare: raise apsw.FullError
             os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             with contextlib.closing(apsw.Connection(str(part))) as target:
                 with target.backup('main', source, 'main') as copying: copying.step()  # one snapshot, and no lock
@@ -5283,7 +5283,8 @@ async def backup(req):
     "The whole database, without what lets people in: it is one person's for now."
     async def copied(file):
         copy = file.with_name(f'{file.name}.{secrets.token_hex(4)}.part')  # swept up at the next start if we are killed
-        try: opened = (await asyncio.to_thread(copy_database, file, copy, SECRETS)).open('rb')
+        spare = parley(req).settings.min_free_bytes
+        try: opened = (await asyncio.to_thread(copy_database, file, copy, SECRETS, spare)).open('rb')
         finally: copy.unlink(missing_ok=True)
         with opened:
             while chunk := await asyncio.to_thread(opened.read, 1 << 18): yield chunk

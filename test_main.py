@@ -969,6 +969,39 @@ def test_a_broken_file_changes_nothing_and_is_told_why(careful, what):
     assert answer.status_code in (413, 422) and why in said and plain(said).endswith('.') and len(plain(said)) < 150
     assert me.get('/export.zip').content == before and not list(careful.db.parent.glob('*part*'))
 
+JUNK = [None, True, 0, -1, 3, 1.5, 1e300, 10**30, '', 'x', '\ud800', '2025-01-01', [], {}, [[]], [None], {'a': 1}, 'user',
+        'assistant', 'm1', 'n2', {'type': 'text', 'text': 5}, [{'type': 'text'}]]
+
+def inside(told):
+    for key, value in told.items() if isinstance(told, dict) else enumerate(told) if isinstance(told, list) else ():
+        yield told, key
+        yield from inside(value)
+
+def test_whatever_is_wrong_in_a_file_all_of_it_comes_in_as_trees_or_nothing_does(tmp_path):
+    "A part or two of good exports is changed or left out, at random."
+    chance, store = random.Random(SEED), main.Store(tmp_path / 'parley.db')
+    async def bring_in(owner, data):
+        await main.take_in(store, owner, io.BytesIO(data), len(data), state := main.Import())
+        return state
+    async def attempt(n):
+        told = json.loads(json.dumps(chance.choice([CLAUDE, CHATGPT, [with_message()]])))
+        for _ in range(chance.randint(1, 2)):
+            whole, key = chance.choice([*inside(told)] or [([0], 0)])
+            if chance.random() < .2: del whole[key]
+            else: whole[key] = json.loads(json.dumps(chance.choice(JUNK)))
+        data, owner = json.dumps(told).encode(), f'owner {n}'
+        state, kept = await bring_in(owner, data), await store.kept(owner)
+        assert state.status == 200 or state.status in (413, 422) and not kept, (SEED, state, told)
+        for id in kept:
+            _, tree = await store.tree(owner, id)
+            depth = {m.id: m.idx for m in tree} | {None: -1}
+            assert all(m.idx == depth[m.parent] + 1 for m in tree) and (await store.path(owner, id))[1], (SEED, told)
+        if kept: assert (await bring_in(owner, data)).words.startswith('0 conversations'), (SEED, told)
+    async def attempts():
+        for n in range(120): await attempt(n)
+    asyncio.run(attempts())
+    store.close()
+
 def test_a_zip_with_a_huge_table_of_contents_is_not_read(careful):
     bomb = zipped({'a.json': b''})
     at = bomb.rindex(b'PK\5\6')
