@@ -872,6 +872,13 @@ class Store:
         return [row['id'] for row in rows]
 
     @reads
+    def sent_files(self, db, owner) -> list[str]:
+        "The sha256 of all files in conversations that are not in the trash."
+        rows = db.q('select distinct sha from attached a join message m on m.id = a.message join conversation c '
+                    'on c.id = m.conversation where a.owner = ? and c.trashed is null order by sha', [owner])
+        return [row['sha'] for row in rows]
+
+    @reads
     def tree(self, db, owner, conversation) -> tuple[Conversation, list[Message]]:
         "A conversation and all its messages, in the order they came. Raises `Refused` 404."
         found = self._conversation(db, owner, conversation)
@@ -1242,12 +1249,17 @@ class Outbox(io.BytesIO):
         return data
 
 async def everything(store: Store, owner: str) -> AsyncIterator[bytes]:
-    "A zip of all conversations as JSON and as Markdown, the same bytes each time; one at a time is in memory."
+    "A zip of all conversations as JSON and as Markdown, and of their files; one at a time is in memory."
     out = Outbox()
     archive = zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED)
     for id in await store.kept(owner):
         with contextlib.suppress(Refused):  # it was deleted meanwhile
             await asyncio.to_thread(pack, archive, *await store.tree(owner, id))
+        yield out.take()
+    for sha in await store.sent_files(owner):
+        with contextlib.suppress(Refused):
+            _, content = await store.content(owner, sha)
+            await asyncio.to_thread(archive.writestr, zipfile.ZipInfo(f'files/{sha}'), content)
         yield out.take()
     archive.close()
     yield out.take()
@@ -1271,6 +1283,7 @@ class Narrow:
 
 def parts_of(file, most: int) -> Iterator:
     "What came, or if it is a zip the JSON files in it that matter, of which nothing is ever written to the disk."
+    file.seek(0)
     magic = file.read(16)
     file.seek(0)
     if magic[:6] == b'SQLite': raise Refused(422, 'This is a backup: `python main.py restore FILE` puts it back.')
@@ -1282,6 +1295,21 @@ def parts_of(file, most: int) -> Iterator:
         for each in found:
             if each.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise NotImplementedError
             with archive.open(each) as part: yield part
+
+def files_in(file, limits: Settings) -> Iterator[tuple[str, str, bytes]]:
+    "The files that go with the messages in a zip of ours: sha256, kind, content. Raises `Refused`."
+    file.seek(0)
+    if file.read(2) != b'PK': return
+    with zipfile.ZipFile(Narrow(file)) as archive:
+        found = [each for each in archive.infolist() if re.fullmatch('files/[0-9a-f]{64}', each.filename)]
+        if sum(each.file_size for each in found) > min(limits.max_import_bytes, limits.max_files_bytes) or any(
+                each.file_size > limits.max_file_bytes for each in found):
+            raise Refused(413, 'The files in it are too large.')
+        for each in found:
+            content, sha = archive.read(each), each.filename[6:]
+            if hashlib.sha256(content).hexdigest() != sha: raise Refused(422, 'A file in it is not what it was.')
+            try: yield sha, kind_of(content), content
+            except Refused as no: raise Refused(no.status, f'A file in it can not be kept: {no.words}.') from None
 
 def objects(part) -> Iterator[dict]:
     "The objects of a JSON array, one at a time, or the one object that there is. Raises `ValueError`."
@@ -1460,11 +1488,12 @@ BROKEN = {UnicodeDecodeError: 'it is not text in UTF-8', RecursionError: 'it is 
           zlib.error: 'the zip is damaged', EOFError: 'the zip is damaged', RuntimeError: 'it has a password',
           json.JSONDecodeError: 'it is no valid JSON'}
 
-def sift(file, size, out, owner, most, state: Import) -> int:
+def sift(file, size, out, owner, limits: Settings, state: Import) -> int:
     "Read a file to its end, and write what it holds to `out`, a conversation a line. Raises `Refused`."
     count, seen = 0, {}
     try:
-        for part in parts_of(file, most):
+        for _ in files_in(file, limits): pass
+        for part in parts_of(file, limits.max_import_bytes):
             for told in objects(part):
                 match told:
                     case {'format': 'parley'}: read = ours
@@ -1495,9 +1524,10 @@ async def take_in(store: Store, owner: str, file, size: int, state: Import):
     came = messages = here = 0
     try:
         with tempfile.TemporaryFile(dir=store.file.parent) as lines:
-            most = store.limits.max_import_bytes
-            count = await asyncio.to_thread(sift, file, size, lines, owner, most, state)
+            count = await asyncio.to_thread(sift, file, size, lines, owner, store.limits, state)
             lines.seek(0)
+            files = files_in(file, store.limits)
+            while found := await asyncio.to_thread(next, files, None): await store.keep_file(owner, *found)
             for n in range(count):
                 told, placed, before, new = await asyncio.to_thread(lambda: json.loads(lines.readline())), [], {}, 0
                 while len(placed) < len(told['messages']): new += await store.bring_in(owner, told, placed, before)
@@ -3672,8 +3702,8 @@ def YourData(now):
         H2('Your data'),
         P(A('Export everything', href=export.to(), download=True), ': a zip of all conversations with all their '
           'branches, as JSON that can be imported, and as Markdown.'),
-        P(A('Download a backup', href=backup.to(), download=True), ': the whole database, the trash too, without '
-          'sign-ins. ', Code('python main.py restore'), ' puts it back.'),
+        P(A('Download a backup', href=backup.to(), download=True), ': the whole database, the ',
+          A('trash', href=trash.to()), ' too, without sign-ins. ', Code('python main.py restore'), ' puts it back.'),
         Form(Label(what, _for='file'), Input(type='file', id='file', name='file', required=True,
                                             accept='.zip,.json,application/zip,application/json'),
              Button('Import', cls='quiet'), Progress(value=0, max=1, hidden=True, aria_label='Upload'), method='post',

@@ -1020,7 +1020,7 @@ def test_a_large_file_is_for_who_is_signed_in_only(house, stranger, owner, upstr
     data = json.dumps([CLAUDE[0] | {'uuid': 'big', 'padding': 'x' * 5_000_000}]).encode()
     assert stranger.http.post('/import', files={'file': ('x', data)}).status_code == 413
     assert bring(owner, data) == '1 conversation with 6 messages came in.'
-    assert owner.http.post('/', files={'file': ('x', data)}).status_code == 413
+    assert owner.http.post('/look', files={'file': ('x', data)}).status_code == 413
 
 def test_an_import_without_a_script_goes_by_pages(archive):
     me = archive.person()
@@ -2167,6 +2167,18 @@ def test_without_a_script_files_go_with_the_message_and_nothing_is_lost(desk):
     assert [b['type'] for b in body(desk, question)['messages'][0]['content']] == ['image', 'text']
     alone = Chat(me, upload(me, pixels('alone.png', 9), path='/', headers={}, message=' ').headers['location'][3:], '')
     assert alone.ended()['status'] == 'done' and me.get(f'/c/{alone.id}').text.count('<title>alone.png') == 1
+
+def test_a_zip_brings_the_files_along(desk, new_site):
+    me, you, file = desk.person(), new_site().person(), pixels('along.png', 12)
+    value, = attached(me, file)
+    chat, sha = me.ask(desk.upstream.says('x'), file=value, model='claude-seer-1'), value.split()[0]
+    chat.ended()
+    told = me.get('/export.zip').content
+    with zipfile.ZipFile(io.BytesIO(told)) as packed: content = packed.read(f'files/{sha}')
+    torn = zipped({f'files/{sha}': content[:-1], 'a.json': me.get(f'/c/{chat.id}.json').content})
+    assert bring(you, torn) == 'Nothing came in. A file in it is not what it was.' and chats(you) == []
+    assert 'came in' in bring(you, told) and you.get('/export.zip').content == told
+    assert you.get(f'/files/{sha}').content == content and f'/files/{sha}' in you.get(f'/c/{chat.id}').text
 
 def test_edit_fork_export_and_import_keep_the_files(desk):
     me, file = desk.person(), pixels('kept.png', 10)
