@@ -1020,7 +1020,7 @@ def test_a_large_file_is_for_who_is_signed_in_only(house, stranger, owner, upstr
     data = json.dumps([CLAUDE[0] | {'uuid': 'big', 'padding': 'x' * 5_000_000}]).encode()
     assert stranger.http.post('/import', files={'file': ('x', data)}).status_code == 413
     assert bring(owner, data) == '1 conversation with 6 messages came in.'
-    assert owner.http.post('/look', files={'file': ('x', data)}).status_code == 413
+    assert owner.post('/look', back=data.decode()).status_code == 413
 
 def test_an_import_without_a_script_goes_by_pages(archive):
     me = archive.person()
