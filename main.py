@@ -18,6 +18,7 @@ import asyncio
 import base64
 import contextlib
 import contextvars
+import csv
 import fcntl
 import functools
 import gc
@@ -61,10 +62,11 @@ import httpx2
 import nh3
 import uvicorn
 from fastcore.xml import NotStr
-from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Code, Dd, Details, Dialog, Div, Dl, Dt, Footer,
-                                 Form, Head, Header, Html, Img, Input, Kbd, Label, Li, Link, Main, Mark, Meta, Nav,
-                                 Noscript, Optgroup, Option, P, Pre, Progress, Script, Select, Span, Summary, Template,
-                                 Textarea, Time, Title, Ul, to_xml)
+from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Caption, Code, Dd, Desc, Details, Dialog, Div, Dl,
+                                 Dt, Figure, Footer, Form, G, Head, Header, Html, Img, Input, Kbd, Label, Li, Link,
+                                 Main, Mark, Meta, Nav, Noscript, Optgroup, Option, P, Pre, Progress, Rect, Script,
+                                 Select, Span, Summary, Svg, Table, Tbody, Td, Template, Textarea, Th, Thead, Time,
+                                 Title, Tr, Ul, to_xml)
 from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
 from fastlite import Database
 from latex2mathml.converter import convert_to_element
@@ -119,6 +121,8 @@ class Settings:
     model: str = setting('claude-sonnet-5-5', 'the model that answers where none was chosen')
     max_tokens: int = setting(16_000, 'the longest answer, in tokens', low=1, high=1_000_000)
     prices: str = setting('', 'USD per million tokens, as {"model": [in, out, cache read, cache write]}')
+    monthly_usd: float = setting(0.0, 'the most that one person may spend in a month (UTC), with PRICES for any model '
+                                 'whose price is unknown; 0 is no cap', low=0, high=1_000_000)
     database_url: str = setting('sqlite:///data/parley.db', 'where conversations are kept')
     host: str = setting('127.0.0.1', 'the address to listen on')
     port: int = setting(5001, 'the port to listen on', low=0, high=65_535)
@@ -484,6 +488,9 @@ end;
 alter table conversation add column answered float not null default 0;
 create index conversation_listed on conversation (owner, pinned, updated, id) where trashed is null;
 create index conversation_trashed on conversation (trashed) where trashed is not null;
+create table usage (id integer primary key, owner text, at float, model text, purpose text, input integer,
+    output integer, cache_read integer, cache_write integer, searches integer, cost float);
+create index usage_by_time on usage (owner, at, cost);
 ''']
 
 # Scripts that put no spaces between words: each of their letters is a word, and a run of them a phrase.
@@ -515,6 +522,9 @@ from titled_index join conversation c on c.rowid = titled_index.rowid
 where titled_index match :query and c.owner = :owner and c.trashed is null order by c.updated desc limit :limit'''
 
 JSON_COLUMNS = ('choices', 'blocks', 'meta', 'siblings')
+# what a call is counted in, as the API says it and as it is booked
+TOKENS = {'input_tokens': 'input', 'output_tokens': 'output', 'cache_read_input_tokens': 'cache_read',
+          'cache_creation_input_tokens': 'cache_write', 'searches': 'searches'}
 
 def as_row(row: dict, kind):
     "A row as an object of its class: columns that hold JSON become what they stand for."
@@ -1111,8 +1121,7 @@ class Store:
             if pieces:
                 db.conn.execute(f'insert into piece values {", ".join(["(?, ?, ?, ?)"] * len(pieces))}',
                                 [value for piece in pieces for value in vars(piece).values()])
-            for end in ends: self._end(db, *end)
-            return [self._row(db, id) for id, *_ in ends]
+            return [self._end(db, *end) for end in ends]
 
     @reads
     def sessions(self, db) -> list[Session]: return [Session(**row) for row in db.q('select * from session')]
@@ -1125,6 +1134,27 @@ class Store:
     @writes
     def end_sessions(self, db, ids: list[str]):
         for id in ids: db.execute('delete from session where id = ?', [id])
+
+    @writes
+    def book(self, db, owner, model, purpose, meta):
+        "What a call cost that is no reply."
+        self._book(db, owner, model, purpose, meta)
+
+    @reads
+    def spent(self, db, owner) -> float:
+        "What all calls of this month (UTC) cost together, in USD, as far as their prices are known."
+        since = "cast(unixepoch('now', 'start of month') as float)"
+        return db.q(f'select total(cost) as sum from usage where owner = ? and at >= {since}', [owner])[0]['sum']
+
+    @reads
+    def usage(self, db, owner, since=0.0, zone=0) -> list[dict]:
+        """What was used since then, summed for each day, model and purpose, the newest day first. Days are
+        those of a place `zone` minutes east of Greenwich; `unknown` counts the calls that have no price."""
+        sums = ', '.join(f'sum({name}) as {name}' for name in TOKENS.values())
+        return list(db.q(f"""select date(at + 60 * ?, 'unixepoch') as day, model, purpose, count(*) as calls, {sums},
+                                    total(cost) as cost, sum(cost is null) as unknown
+                             from usage where owner = ? and at >= ? group by 1, 2, 3 order by 1 desc, 2, 3""",
+                         [zone, owner, since]))
 
     def _conversation(self, db, owner, conversation):
         rows = db.q('select * from conversation where id = ? and owner = ?', [conversation, owner])
@@ -1189,11 +1219,21 @@ class Store:
     def _end(self, db, id, status, note, meta=None):
         rows = db.q('select kind, text from piece where message = ? order by seq', [id])
         content, blocks = folded([(row['kind'], row['text']) for row in rows])
-        db.execute('update message set content = ?, blocks = ?, status = ?, note = ?, meta = ?, ended = ? where id = ?',
+        db.execute('update message set content = ?, blocks = ?, status = ?, note = ?, meta = json_patch(meta, ?), '
+                   'ended = ? where id = ?',
                    [content, json.dumps(blocks), status, note, json.dumps(meta or {}), time.time(), id])
         db.execute('delete from piece where message = ?', [id])
         db.execute('update conversation set answered = ? where id = (select conversation from message where id = ?)',
                    [time.time(), id])
+        reply = self._row(db, id)
+        self._book(db, reply.owner, reply.model, 'summary' if 'summary' in reply.meta else 'reply', reply.meta)
+        return reply
+
+    def _book(self, db, owner, model, purpose, meta):
+        "The books are their own: a conversation that is deleted leaves them as they are."
+        if not (usage := meta.get('usage')): return
+        self._insert(db, 'usage', owner=owner, at=time.time(), model=model, purpose=purpose, cost=meta.get('cost'),
+                     **{column: usage.get(name, 0) for name, column in TOKENS.items()})
 
 # %%
 if NOTEBOOK:
@@ -1753,6 +1793,13 @@ class EventLines:
 GROWS = {'text_delta': 'text', 'thinking_delta': 'thinking', 'signature_delta': 'signature',
          'input_json_delta': 'partial_json', 'citations_delta': 'citation'}  # what a delta brings, by its type
 
+def counted(told) -> dict[str, int]:
+    "What is counted here of a usage as the API tells it. A server may send anything."
+    told = told if isinstance(told, dict) else {}
+    tools = told['server_tool_use'] if isinstance(told.get('server_tool_use'), dict) else {}
+    if 'web_search_requests' in tools: told = told | {'searches': tools['web_search_requests']}
+    return {name: told[name] for name in TOKENS if type(told.get(name)) is int and 0 <= told[name] < 10**9}
+
 def words_of(block): return block.get('text') if block['type'] == 'text' else ''
 
 MEANT = {ord(sign): f'&#{ord(sign)};' for sign in '&"<>`\\$|[]*_~'}  # what could mean something in Markdown
@@ -1776,6 +1823,7 @@ class Heard:
         self.sources, self.since = sources, 0.0
         self.blocks, self.parts, self.kept = [], [], 0  # whole blocks; the pieces of the open one; `kept` were told
         self.began, self.complete, self.reason, self.usage, self.held = False, False, None, {}, ''
+        self.id, self.miss, self.size = '', '', 0  # of the answer: its id, why it read no cache, its letters
 
     def take(self, event: dict) -> list[str | Thought | Whole]:
         "What `event` adds for the reader and for the record. Raises `Fault` for an error of the API."
@@ -1786,6 +1834,7 @@ class Heard:
                 grown = delta.get(GROWS.get(delta['type']))
                 if grown is None: return []
                 self.parts.append((delta['type'], grown))
+                if delta['type'] != 'signature_delta': self.size += len(grown)
                 return {'text_delta': [grown], 'thinking_delta': [Thought(grown)]}.get(delta['type'], [])
             case 'content_block_start':
                 block, before = {**event['content_block']}, self.blocks
@@ -1800,15 +1849,24 @@ class Heard:
                 if block.keys() == {'type', 'text'}: return []
                 marks = dict.fromkeys(cited(each, self.sources) for each in block.get('citations') or ())
                 return [*marks, *self._tell(len(self.blocks))]
-            case 'message_start': self.usage = event['message'].get('usage') or {}
+            case 'message_start':
+                told = event['message']
+                self.usage, self.id = counted(told.get('usage')), str(told.get('id', ''))[:80]
+                with contextlib.suppress(TypeError, KeyError):  # mostly there is none
+                    self.miss = str(told['diagnostics']['cache_miss_reason']['type'])[:40]
             case 'message_delta':
                 self.reason = event['delta'].get('stop_reason') or self.reason
-                self.usage = self.usage | {name: n for name, n in (event.get('usage') or {}).items() if n is not None}
+                self.usage = self.usage | counted(event.get('usage'))
             case 'message_stop':
                 self.complete = True
                 return self._tell(len(self.blocks)) if self.kept else []
             case 'error': raise upstream_error(event['error'])
         return []
+
+    def used(self) -> dict[str, int]:
+        "What it has used so far. How much was said is told at the end; until then it is estimated, rather too high."
+        if self.reason or not self.usage: return self.usage
+        return self.usage | {'output_tokens': max(self.usage.get('output_tokens', 0), self.size // 3)}
 
     def _close(self, block):
         "Put what the deltas brought where the API keeps it."
@@ -1834,7 +1892,7 @@ class Heard:
 
 def added(one: dict, other: dict) -> dict:
     "Usage of two calls together."
-    return one | {name: one.get(name, 0) + n for name, n in other.items() if isinstance(n, int)}
+    return one | {name: one.get(name, 0) + n for name, n in other.items()}
 
 async def shortened(response: httpx2.Response):
     "Of a refusal only as much as is worth reading, as it came: the SDK would take it whole, unpack and decode it."
@@ -1924,7 +1982,10 @@ class Claude:
         most = choices.get('max_tokens', self.longest(model))
         request = {'model': model.id, 'max_tokens': most}
         if 'system' in choices: request['system'] = choices['system']
-        if model.known: request['cache_control'] = {'type': 'ephemeral'}  # the API finds the place by itself
+        if model.known:  # the API finds the place to cache by itself, and says why an earlier one was of no use
+            before = [m.meta['id'] for m in path if m.meta.get('id')]
+            request |= {'cache_control': {'type': 'ephemeral'},
+                        'diagnostics': {'previous_message_id': before[-1] if before else None}}
         if think == 'off':
             request['thinking'] = {'type': 'disabled' if 'disabled' in model.thinking else 'between_tools'}
             if effort not in EFFORTS[:3]: effort = effort and 'high'  # more is refused without thinking
@@ -1949,7 +2010,8 @@ class Claude:
             'messages': [{'role': 'user', 'content': f'{said}\n\n{TITLING}'}]}
 
     def rates(self, model: str) -> tuple | None:
-        "Of PRICES, the setting first; an id may end in a date that its price does not."
+        "Of PRICES, the setting first; an id may end in a date that its price does not. The demo costs nothing."
+        if self.settings.demo: return 0, 0, 0, 0
         known = PRICES | self.settings.own_prices
         return known.get(model) or known.get(re.sub(r'[@-]20\d{6}$', '', model))
 
@@ -1961,17 +2023,33 @@ class Claude:
         times = rates[5] if len(rates) > 4 and fresh + read + written > rates[4] else 1
         return times * (fresh * rates[0] + said * rates[1] + read * rates[2] + written * rates[3]) / 1e6
 
-    async def reply(self, request: dict) -> AsyncIterator[str | Thought | Whole | Waiting | Ended]:
+    async def reply(self, request: dict, meta: dict | None = None
+                    ) -> AsyncIterator[str | Thought | Whole | Waiting | Ended]:
         """What Claude says to `request` (the parameters of a call), as it comes; `Ended` is last, whatever happens.
-        Tries again only before anything was said."""
-        began = time.monotonic()
-        said, give_up, meta = False, began + self.settings.retry_seconds, {'prefix': prefix_of(request)}
+        Tries again only before anything was said. What is known of it is in `meta` all the time, for it may be cut
+        off."""
+        began, meta = time.monotonic(), {} if meta is None else meta
+        try:
+            async for event in self._tried(request, meta, began):
+                if isinstance(event, Ended): self._account(request['model'], meta, began)
+                yield event
+        finally: self._account(request['model'], meta, began)
+
+    def _account(self, model, meta, began):
+        "The time it took, what it cost, and how much of what the model can read is full now."
+        meta |= {'seconds': round(time.monotonic() - began, 3), 'cost': self.price(model, meta.get('usage', {}))}
+        room = self.models[model].max_input if model in self.models else 0
+        if room and 'weight' in meta: meta['full'] = round(meta['weight'] / room, 3)
+
+    async def _tried(self, request, meta, began):
+        said, give_up = False, began + self.settings.retry_seconds
+        meta['prefix'] = prefix_of(request)
         for attempt in range(1, TRIES + 1):
             try:
                 async for event in self._once(request, meta):
                     if not said: meta |= {'first': round(time.monotonic() - began, 3), 'tries': attempt}
                     said = True
-                    yield self._timed(event, meta, began)
+                    yield event
                 return
             except Exception as error:  # noqa: BLE001 the SDK, the HTTP client and the parser share no base
                 fault = explain(error, said, request['model'])
@@ -1981,20 +2059,16 @@ class Claude:
                 for secret in filter(None, (self.settings.api_key, self.settings.auth_token)):
                     words = words.replace(secret, '…')  # a server may quote what it was sent
                 meta['tries'] = attempt
-                yield self._timed(Ended('interrupted' if said else fault.status, words), meta, began)
+                yield Ended('interrupted' if said else fault.status, words, meta)
                 return
             yield Waiting(wait)
             await asyncio.sleep(wait)
-
-    def _timed(self, event, meta, began):
-        if not isinstance(event, Ended): return event
-        return replace(event, meta=meta | {'seconds': round(time.monotonic() - began, 3)})
 
     async def _once(self, request, meta):
         "One answer, what each read of the connection brought; a `pause_turn` is sent back as it is and resumed."
         silent, sources = True, {}
         for _ in range(RESUMES):
-            heard = Heard(sources)
+            heard, before = Heard(sources), meta.get('usage', {})
             async for events in self._reads(request, meta):
                 said, fault = [], None
                 try:
@@ -2003,6 +2077,8 @@ class Claude:
                         said += heard.take(event)
                         if heard.complete: break  # what comes after it does not count
                 except Exception as error: fault = error  # noqa: BLE001 raised once what came before it is said
+                used = heard.used()
+                meta |= {'usage': added(before, used), 'about': not heard.reason, 'weight': sum(used.values())}
                 for text, some in groupby(said, lambda each: isinstance(each, str)):
                     if text: some = filter(None, [heard.whole(''.join(some))])
                     for each in some:
@@ -2011,14 +2087,14 @@ class Claude:
                 if fault: raise fault
                 if heard.complete: break
             if heard.held: yield '\ufffd'
-            meta |= {'usage': added(meta.get('usage', {}), heard.usage), 'stop': heard.reason}
+            meta |= {'stop': heard.reason, 'id': heard.id} | ({'miss': heard.miss} if heard.miss else {})
             if not heard.began: raise Fault(FOREIGN)
             if not heard.complete or not heard.reason: raise Fault(BROKE_OFF, status='interrupted')
             if heard.reason != 'pause_turn': break
             paused = {'role': 'assistant', 'content': sent_back(heard.blocks)}
             request = request | {'messages': [*request['messages'], paused]}
         note = STOPS.get(heard.reason, f'Claude stopped for a reason that is not known here: {str(heard.reason)[:40]}.')
-        yield Ended('done', note or 'Claude answered without words.' * silent)
+        yield Ended('done', note or 'Claude answered without words.' * silent, meta)
 
     async def _reads(self, request, meta) -> AsyncIterator[list[dict | Exception]]:
         "The events of each read of the connection. Silence, endless pings and another protocol are faults."
@@ -2244,7 +2320,8 @@ class Turn:
         self.over = False  # the end is committed: nothing will ever be added
         self.view = None  # whatever shows this reply may keep itself here
         self.task: asyncio.Task | None = None
-        self.cut_off = Ended('stopped')
+        self.cut_off = Ended('stopped')  # the end, should Claude not be heard out
+        self.meta: dict = {}  # of the reply, as far as it is known
         self.changed = asyncio.Event()
 
     def show(self, notice: str):
@@ -2294,6 +2371,7 @@ class Turns:
         self.sweeper: asyncio.Task | None = None
         self.lists = defaultdict(News)  # of each owner, for every page that shows it
         self.asking: list[str] = []  # the owners of replies that are about to begin
+        self.spent: dict[str, float] = {}  # this month, by owner, where there is a cap
         self.messages = Pace(settings.messages_per_hour, 3600)
         self.conversations = Pace(settings.conversations_per_hour, 3600)
         self.files = Pace(settings.files_per_hour, 3600)
@@ -2331,8 +2409,34 @@ class Turns:
         elif choices is None: choices = await self.first_choices(owner)
         model = self.claude.model_of(choices)
         if model.id not in self.claude.models: self.stale.set()
-        if model.lifecycle != 'retired': return choices, model.id
-        raise Refused(409, f'{model.name} is retired and answers no more: choose another model.', text)
+        if model.lifecycle == 'retired':
+            raise Refused(409, f'{model.name} is retired and answers no more: choose another model.', text)
+        await self._afford(owner, model.id, text)
+        return choices, model.id
+
+    async def _afford(self, owner, model, text=''):
+        "Raises `Refused` 402 when no more may be spent this month, or when nobody could say how much it would be."
+        if not (cap := self.settings.monthly_usd): return
+        if not self.claude.rates(model):
+            raise Refused(402, f'The price of {model} is unknown and there is a monthly cap: set it in PRICES, or '
+                               'choose another model. Nothing was sent.', text)
+        self.spent[owner] = await self.store.spent(owner)
+        if self._spending(owner) >= cap:
+            raise Refused(402, f'The monthly cap is reached: ${self.spent[owner]:.2f} of ${cap:,.2f} are spent. '
+                               'Nothing was sent.', text)
+
+    def _spending(self, owner):
+        "What this month costs so far, with what the running replies have used."
+        theirs = [turn for turn in self.running.values() if turn.reply.owner == owner]
+        return self.spent.get(owner, 0) + sum(
+            self.claude.price(turn.reply.model, turn.meta.get('usage', {})) or 0 for turn in theirs)
+
+    def _capped(self, turns):
+        "Stop the replies of all who have come to the cap."
+        over = {owner for owner in {turn.reply.owner for turn in turns}
+                if self._spending(owner) >= self.settings.monthly_usd}
+        for turn in self.running.values():
+            if turn.reply.owner in over: turn.cancel(Ended('stopped', 'The monthly cap was reached.'))
 
     async def attach(self, owner, name: str, content: bytes) -> dict:
         "Keep a file for a question; returns its block. Raises `Refused` 413, 415, 422, 429 and `Unusable`."
@@ -2456,7 +2560,7 @@ class Turns:
             files = files_on(path)
             sent = await self.store.to_send(turn.reply.owner, files, ROOM) if files else {}
             request = self.claude.request(path, conversation.choices | {'model': turn.reply.model}, sent)
-            async with contextlib.aclosing(self.claude.reply(request)) as events:
+            async with contextlib.aclosing(self.claude.reply(request, turn.meta)) as events:
                 async for event in events:
                     match event:
                         case str(): await self._hear(turn, 'text', event)
@@ -2467,15 +2571,15 @@ class Turns:
                             turn.end = event
                             if event.status == 'failed': self.stale.set()  # perhaps the model is no more
                     if turn.size >= self.settings.max_reply_chars:
-                        turn.end = Ended('interrupted', 'The reply was cut: it is longer than MAX_REPLY_CHARS.')
+                        turn.cut_off = Ended('interrupted', 'The reply was cut: it is longer than MAX_REPLY_CHARS.')
                         break
         except Exception as error:  # noqa: BLE001 whatever it is, the reply must end and the person be told
             log.error('a reply failed: %s', type(error).__name__)
-            turn.end = Ended('failed', 'Parley failed; the log says more.')
+            turn.cut_off = Ended('failed', 'Parley failed; the log says more.')
 
     def _written(self, turn, task):
         "However its task ended, even before it began, a reply has an end."
-        turn.end = turn.end or turn.cut_off
+        turn.end = turn.end or replace(turn.cut_off, meta=turn.meta)
         self.grew.set()
 
     async def _hear(self, turn, kind, text):
@@ -2498,6 +2602,7 @@ class Turns:
             self.began.clear()
             committed = time.monotonic()
             grown = [turn for turn in self.running.values() if turn.unsaved or turn.end]
+            if self.settings.monthly_usd: self._capped(grown)
             try: await self._commit(grown)
             except Exception as error:  # noqa: BLE001 whatever it is: without this loop no reply would ever end
                 log.error('a frame was not saved: %s', type(error).__name__)
@@ -2527,18 +2632,24 @@ class Turns:
                     self.naming.add(task := asyncio.create_task(self._name(turn.reply)))
                     task.add_done_callback(self.naming.discard)
             turn.show('')
+        if self.settings.monthly_usd:
+            with contextlib.suppress(Unusable):
+                for reply in ended: self.spent[reply.owner] = await self.store.spent(reply.owner)
 
     async def _name(self, reply):
         "A title after the first answer, in nobody's way: what goes wrong is only logged."
         try:
             conversation, path = await self.store.path(reply.owner, reply.conversation, before=2)
             if conversation.named: return
-            text, end = '', None
-            async with contextlib.aclosing(self.claude.reply(self.claude.titling(path))) as events:
-                async for event in events:
-                    if isinstance(event, str): text += event
-                    if isinstance(event, Ended): end = event
-                    if len(text) > 2_000: break
+            text, end, meta, request = '', None, {}, self.claude.titling(path)
+            await self._afford(reply.owner, request['model'])
+            try:
+                async with contextlib.aclosing(self.claude.reply(request, meta)) as events:
+                    async for event in events:
+                        if isinstance(event, str): text += event
+                        if isinstance(event, Ended): end = event
+                        if len(text) > 2_000: break
+            finally: await self.store.book(reply.owner, request['model'], 'title', meta)
             title = titled(text, self.settings.max_title_chars)
             if end and end.status == 'done' and title:
                 await self.store.entitle(reply.owner, reply.conversation, title)
@@ -3049,7 +3160,38 @@ def State(message, notice=''):
                   StopForm(message) if message.status == RUNNING else None,
                   RetryForm(message, data_action='Retry the last answer') if message.status in ENDS else
                   RetryForm(message, 'Answer') if message.role == 'user' else None,  # seen when nothing follows
+                  Account(message) if message.role == 'assistant' and message.status != RUNNING else None,
                   id=f'state-{message.idx}', cls='state', data_status=message.status)
+
+REASONS = {'end_turn': 'all was said', 'stop_sequence': 'a stop sequence', 'max_tokens': 'its maximum output',
+           'refusal': 'a refusal', 'pause_turn': 'a pause', 'model_context_window_exceeded': 'the end of the context'}
+MISSES = {'model_changed': 'another model answered before', 'system_changed': 'the system prompt has changed',
+          'tools_changed': 'the tools have changed', 'messages_changed': 'an earlier message has changed',
+          'previous_message_not_found': 'the request before is not on record any more',
+          'unavailable': 'the API can’t say why'}
+
+def money(usd): return f'${usd:,.2f}' if usd >= .1 or not usd else f'${usd:.2g}' if usd >= 1e-4 else 'less than $0.0001'
+
+def Account(message):
+    "What is known of how a reply came about. All but the times and counts is foreign text, and may be missing."
+    meta, used = message.meta, counted(message.meta.get('usage'))
+    def number(name): return meta[name] if type(meta.get(name)) in (int, float) and meta[name] >= 0 else 0
+    def words(name, table=MISSES): return table.get(str(meta[name])) or str(meta[name])[:80] if meta.get(name) else ''
+    fresh, said, read, written, searches = map(used.get, TOKENS, [0] * len(TOKENS))
+    about, first, whole = 'about ' * bool(meta.get('about')), number('first'), number('seconds')
+    rows = {
+        'Model': message.model,
+        'Tokens in': ', '.join([f'{fresh:,} fresh'] + [f'{read:,} from the cache'] * bool(read)
+                               + [f'{written:,} into the cache'] * bool(written)) if used else '',
+        'Tokens out': f'{about}{said:,}' if used else '',
+        'Cost': f'{about}{money(number("cost"))}' if 'cost' in meta else 'price unknown' if used else '',
+        'Searches': f'{searches}, not in the cost' if searches else '',
+        'Time': f'{whole:.1f} s, the first of it after {first:.1f} s' if first else f'{whole:.1f} s' if whole else '',
+        'Speed': f'{said / (whole - first):.0f} tokens a second' if said and whole - first >= .1 else '',
+        'Tries': number('tries') if number('tries') > 1 else '',
+        'Ended by': words('stop', REASONS), 'Cache missed': words('miss'), 'Request': words('request')}
+    return Details(Summary('Details', Unseen(' of this answer'), cls='quiet'),
+                   Dl(*[Div(Dt(name), Dd(what)) for name, what in rows.items() if what]), cls='account')
 
 def StopForm(message):
     action = stop.to(conversation_id=message.conversation)
@@ -3559,6 +3701,7 @@ def Sidebar(conversations, look, current=None):
                Ul(*ListItems(conversations, look, current), id='conversations', data_edition=look['edition']),
                P('Nothing here yet. What you ask is listed here, newest first.', cls='none'),
                A('Trash', href=trash.to(), cls='quiet', data_action='Trash'),
+               A('Usage', href=usage.to(), cls='quiet', data_action='Usage'),
                LookForm(look, Div(*themes, role='group', aria_label='Theme', cls='themes')),
                A('Your data', href=your_data.to(), cls='quiet', data_action='Your data: export, import, backup'),
                Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys',
@@ -3711,6 +3854,55 @@ def YourData(now):
              hx_target='#incoming', hx_swap='outerHTML', hx_disabled_elt='find button'),
         Incoming(now), id='empty', cls='data')
 
+def Plot(bars, words, summary):
+    "A bar for each (name, height, what it stands for), drawn without a script; the figures are in a table below it."
+    most = max([height for _, height, _ in bars]) or 1
+    return Figure(Svg(Title(words, id='plot-title'), Desc(summary, id='plot-words'), *[
+        G(Title(f'{name}: {said}'), Rect(x=n * 10, y=0, width=10, height=100, cls='there'),
+          Rect(x=n * 10 + 1, y=round(100 - 100 * height / most, 2), width=8, height=round(100 * height / most, 2)))
+        for n, (name, height, said) in enumerate(bars)], viewBox=f'0 0 {10 * len(bars)} 100', role='img',
+        preserveAspectRatio='none', aria_labelledby='plot-title plot-words'), cls='plot')
+
+COLUMNS = {'cost': 'Cost', 'calls': 'Calls', 'output': 'Out', 'input': 'In, fresh', 'cache_read': 'from cache',
+           'cache_write': 'into cache'}
+
+def summed(rows, key) -> dict[str, dict]:
+    "Rows of Store.usage added up by what they have under `key`."
+    names = dict.fromkeys(row[key] for row in rows)
+    return {name: {column: sum(row[column] for row in rows if row[key] == name) for column in (*COLUMNS, 'unknown')}
+            for name in names}
+
+def cost_of(row):
+    if row['unknown'] == row['calls']: return 'unknown'
+    return '≥ ' * bool(row['unknown']) + money(row['cost'])
+
+def Sums(words, name, sums):
+    def cells(row): return [Td(f'{row[c]:,}' if c != 'cost' else cost_of(row), cls='right') for c in COLUMNS]
+    return Div(Table(Caption(words), Thead(Tr(Th(name, scope='col'), *[Th(c, scope='col', cls='right')
+                                                                       for c in COLUMNS.values()])),
+                     Tbody(*[Tr(Th(key, scope='row'), *cells(row)) for key, row in sums.items()])),
+               cls='table', tabindex='0', role='region', aria_label=words)
+
+def Usage(rows, days, spent, cap):
+    "What was used on these days, the oldest first, and what this month has cost."
+    by_day, month = summed(rows, 'day'), time.strftime('%B %Y', time.gmtime())
+    dollars = any(row['cost'] for row in rows)
+    none = dict.fromkeys([*COLUMNS, 'unknown'], 0)
+    def bar(day):
+        row = by_day.get(day, none)
+        tokens = sum(row[c] for c in TOKENS.values() if c in row)
+        return day, row['cost'] if dollars else tokens, f'{cost_of(row)}, {tokens:,} tokens' if row['calls'] else 'none'
+    words = f'{"Cost" if dollars else "Tokens"} of the last {len(days)} days'
+    total = P(B(money(spent)), f' in {month} (UTC)', f', of a cap of {money(cap)}' if cap else '', '.')
+    if not rows: return Div(H2('Usage'), total, P('Nothing was used in the last days.'), cls='content usage')
+    return Div(H2('Usage'), total, Plot(list(map(bar, days)), words, f'{days[0]} to {days[-1]}'),
+               P(Span(days[0]), Span(words), Span(days[-1]), cls='axis'),
+               Sums('By model', 'Model', summed(rows, 'model')), Sums('By day', 'Day', by_day),
+               P(A('All of it as CSV', href=usage_csv.to(), download=True),
+                 '. Titles and summaries are counted; of a reply that was cut off the end is estimated.'
+                 + ' ≥ where the price of some calls is unknown.' * any(row['unknown'] for row in rows)),
+               cls='content usage')
+
 def SignOut():
     return Form(Button('Sign out', cls='quiet', data_action='Sign out'),
                 Button('everywhere', name='everywhere', value='1', cls='quiet', data_action='Sign out everywhere'),
@@ -3858,8 +4050,8 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
   border-radius: .875rem; background: var(--card); font: var(--small)/1.6 var(--ui); }
 .actions { display: flex; align-items: center; gap: .5rem; min-height: 1.75rem; margin-left: -.5rem;
   color: var(--soft); font-size: var(--tiny); }
-.actions > :not(.walk) { opacity: 0; transition: opacity var(--quick); }
-.message:is(:hover, :focus-within) .actions > :not(.walk) { opacity: 1; }
+.actions > :not(.walk), .account { opacity: 0; transition: opacity var(--quick); }
+.message:is(:hover, :focus-within) :is(.actions > :not(.walk), .account), .account[open] { opacity: 1; }
 .walk { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .edit textarea { scroll-margin: calc(var(--top) + .5rem); } .edit .cancel { display: inline-block; margin-top: .25rem; }
 body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) { visibility: hidden; }
@@ -3879,6 +4071,13 @@ body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) {
 .steps pre { max-height: 40vh; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
 .steps:not(:empty) { margin-bottom: .75rem; }
 [data-status=streaming] .steps details:last-child summary { animation: pulse 1.6s ease-in-out infinite alternate; }
+.state:has(> .account:only-child:not([open])) { float: right; } .account { margin-left: auto; }
+.account[open] { flex: 1 0 100%; } .account summary { width: fit-content; margin: 0 -.5rem 0 auto; cursor: pointer; }
+.state .account summary { border: 0; padding: .25rem .5rem; color: var(--soft); }
+.account dl { margin: .25rem 0 .5rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: var(--round);
+  display: grid; gap: .125rem; font-size: var(--tiny); font-variant-numeric: tabular-nums; }
+.account dl div { display: grid; grid-template-columns: 7rem minmax(0, 1fr); } .account dd { margin: 0;
+  color: var(--ink); overflow-wrap: anywhere; }
 /* at work: a quiet pulse, then a caret where the text ends */
 [data-status=streaming]:not(:has(.state p, .steps > *)) :is(.content:empty, [id^=tail-]:only-child:empty)::after {
   content: 'Claude is thinking'; color: var(--soft); font: var(--small)/1.6 var(--ui);
@@ -3997,7 +4196,7 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 #jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
   align-items: center; gap: .375rem; padding: .25rem .875rem .25rem .625rem; border: 1px solid var(--edge);
   border-radius: 2rem; background: var(--page); white-space: nowrap; }
-#jump[hidden] { display: none; }
+#jump[hidden], main:not(:has(.message)) #jump { display: none; }
 
 /* First visit */
 #empty { padding-top: min(12vh, 6rem); }
@@ -4014,6 +4213,13 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 .data input { max-width: 100%; }
 .data .quiet { border: 1px solid var(--edge); color: var(--ink); padding: .25rem .75rem; }
 progress { width: 100%; accent-color: var(--accent); } progress[hidden] { display: none; }
+/* Usage */
+.plot { margin: 0; } .plot svg { display: block; width: 100%; height: 8rem; stroke: none; fill: var(--accent);
+  border-bottom: 1px solid var(--edge); }
+.plot .there { fill: transparent; } .plot g:hover .there { fill: var(--card); }
+.axis { display: flex; justify-content: space-between; color: var(--soft); font: var(--tiny)/1.5 var(--ui); }
+.usage caption { text-align: left; color: var(--soft); } .usage :is(th, td) { white-space: nowrap; }
+.usage tbody th { font-weight: 400; border-color: var(--line); }
 
 /* Dialogs */
 dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh auto auto; padding: 0;
@@ -4053,7 +4259,7 @@ mark { color: var(--accent); background: none; font-weight: 600; }
   #sidebar:not(:popover-open) { display: none; }
   main { padding: 0 1rem; }
 }
-@media (hover: none) { .actions > :not(.walk), #sidebar li > .more { opacity: 1; } }
+@media (hover: none) { .actions > :not(.walk), .account, #sidebar li > .more { opacity: 1; } }
 @media (pointer: coarse) {
   :root { --top: 3.5rem; }
   .round { width: 2.75rem; height: 2.75rem; }
@@ -4080,7 +4286,7 @@ body:has(> #login) { display: grid; grid-template: 1fr / 1fr; place-items: cente
 }
 @media print {
   :root { color-scheme: light; --page: #fff; } body { display: block; } .code pre { white-space: pre-wrap; }
-  #sidebar, #bar .round, .tag, #composer, .actions, .code button, #earlier { display: none !important; }
+  #sidebar, #bar .round, .tag, #composer, .actions, .account, .code button, #earlier { display: none !important; }
 }
 '''
 
@@ -4213,8 +4419,8 @@ function arrive() { // where a link leads, else where one was
   pinned = !hit || visit.type !== 'navigate';
   if (!pinned) return hit.scrollIntoView();
   const [id, top] = JSON.parse(sessionStorage.getItem(place())) || [], seen = id && $('#' + id);
-  if (!seen) return toEnd();
-  pinned = false;
+  pinned = !seen && Boolean($('.message'));
+  if (!seen) return pinned && toEnd();
   page.scrollTop += seen.getBoundingClientRect().top - top;
 }
 history.scrollRestoration = 'manual';
@@ -5337,6 +5543,26 @@ async def bring(req):
     if by_htmx(req): return Incoming(now)
     if now.status > 400: raise Refused(now.status, now.words)
     return RedirectResponse(your_data.to(), 303)
+
+@rt.get('/usage')
+async def usage(req):
+    here, zone = parley(req), zone_of(req)
+    first = (time.time() + 60 * zone) // DAY - 29
+    days = [time.strftime('%Y-%m-%d', time.gmtime((first + n) * DAY)) for n in range(30)]
+    rows = await here.store.usage(owner(req), first * DAY - 60 * zone, zone)
+    spent = await here.store.spent(owner(req))
+    return await page(req, 'Usage', Usage(rows, days, spent, here.settings.monthly_usd), to='/')
+
+@rt.get('/usage.csv')
+async def usage_csv(req):
+    "All sums as CSV. What a spreadsheet would take for a formula is text: the name of a model may be anything."
+    file = io.StringIO()
+    lines = csv.writer(file)
+    lines.writerow(columns := ['day', 'model', 'purpose', 'calls', *TOKENS.values(), 'cost', 'unknown'])
+    for row in await parley(req).store.usage(owner(req), zone=zone_of(req)):
+        lines.writerow([re.sub(r'^(?=[=+@\t\r-])', "'", str(row[column])) for column in columns])
+    return PlainTextResponse(file.getvalue(), media_type='text/csv', headers={
+        'content-disposition': 'attachment; filename="parley-usage.csv"'})
 
 @rt.post('/look')
 async def remember(req):

@@ -13,6 +13,7 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import gzip
 import html.parser
@@ -481,7 +482,7 @@ def nothing_goes_wrong_unseen(caplog):
 @pytest.mark.parametrize('name, value, read', [
     ('MODEL', ' claude-x\n', 'claude-x'), ('MAX_TOKENS', '77\n', 77), ('PORT', ' 8080 ', 8080), ('PORT', '  ', 5001),
     ('HOST', ' localhost ', 'localhost'), ('DATABASE_URL', 'sqlite:///x/y.db\n', 'sqlite:///x/y.db'),
-    ('DRAIN_SECONDS', '9', 9), ('IDLE_SECONDS', '7', 7), ('STALL_SECONDS', '8', 8), ('MAX_MESSAGE_CHARS', '10', 10),
+    ('DRAIN_SECONDS', '9', 9), ('IDLE_SECONDS', '7', 7), ('STALL_SECONDS', '8', 8), ('MAX_MESSAGE_CHARS', '10', 10), ('MONTHLY_USD', '2.5', 2.5),
     ('SESSION_SECRET', 's \n', 's'), ('ANTHROPIC_API_KEY', 'sk-ant-x\r\n', 'sk-ant-x'),
     ('ANTHROPIC_AUTH_TOKEN', ' t ', 't'), ('ANTHROPIC_BASE_URL', ' http://127.0.0.1:1\n', 'http://127.0.0.1:1')])
 def test_a_setting_is_read_and_stripped(name, value, read):
@@ -1100,7 +1101,8 @@ def knowing(*models, **settings):
     claude.learn(list(models))
     return claude
 
-PLAIN, CACHED, SHOWN = {}, {'cache_control': {'type': 'ephemeral'}}, {'type': 'adaptive', 'display': 'summarized'}
+PLAIN, SHOWN = {}, {'type': 'adaptive', 'display': 'summarized'}
+CACHED = {'cache_control': {'type': 'ephemeral'}, 'diagnostics': {'previous_message_id': None}}
 NOVA_SENDS = CACHED | {'max_tokens': 9_000}
 
 @pytest.mark.parametrize('model, chosen, sent', [
@@ -1248,8 +1250,7 @@ def test_a_title_is_in_nobodys_way(lab, caplog):
         slow.ended()
         assert eventually(lambda: upstream.titling(mine))
         slow.say('And?').ended()
-        with contextlib.closing(sqlite3.connect(lab.db)) as db, db:
-            db.execute('update conversation set named = 2 where id = ?', [slow.id])     # a person gave it
+        python(CHANGE, lab.db, f"update conversation set named = 2 where id = '{slow.id}'")     # a person gave it
         upstream.title = says('Too late')
         gate.open()
         upstream.title = refuses(400)
@@ -1258,6 +1259,87 @@ def test_a_title_is_in_nobodys_way(lab, caplog):
         assert eventually(lambda: upstream.titling(question) and not lab.door.state.parley.turns.naming)
         assert (titles(lab, slow), titles(lab, failed)) == (mine, question)
     finally: upstream.title = says('A title')
+
+def used(usage, *steps, final=None, **more):
+    "An answer whose usage is told at its begin and at its end."
+    start = event('message_start', message={'id': 'msg_7', 'role': 'assistant', 'content': [], 'usage': usage, **more})
+    stop = event('message_delta', delta={'stop_reason': 'end_turn'}, usage=final) + event('message_stop')
+    return raw(start, event('content_block_start', index=0, content_block={'type': 'text', 'text': ''}), *steps, stop,
+               request_id='req_7')
+
+def booked(site):
+    columns = 'model, purpose, input, output, cache_read, cache_write, cost'
+    return rows(site.db, f'select {columns} from usage order by id desc limit 1')[0]
+
+PAID = {'input_tokens': 1000, 'output_tokens': 1, 'cache_read_input_tokens': 2000, 'cache_creation_input_tokens': 400}
+
+def test_what_a_reply_used_is_booked_and_shown(site, me, upstream):
+    told = {'output_tokens': 100, 'server_tool_use': {'web_search_requests': 3}}
+    miss = {'cache_miss_reason': {'type': 'system_changed', 'cache_missed_input_tokens': 9}}
+    chat = me.ask(upstream.plays(used(PAID, 'Hello.', final=told, diagnostics=miss)))
+    tab = chat.watch().ends()
+    assert booked(site) == ['claude-sonnet-5-5', 'reply', 1000, 100, 2000, 400, pytest.approx(.0042)]
+    for words in ('1,000 fresh, 2,000 from the cache, 400 into the cache', 'out100', '$0.0042', '3, not in the cost',
+                  'all was said', 'the system prompt has changed', 'req_7', 'claude-sonnet-5-5'):
+        assert words in tab.said and words in chat.tab().said
+
+@pytest.mark.parametrize('step', [HANG, httpx2.ReadError('gone')])
+def test_of_a_reply_that_is_cut_off_the_end_is_estimated(site, me, upstream, step):
+    chat = me.ask(upstream.plays(used(PAID, 'x' * 300, step)))
+    tab = chat.watch().until('xxx')
+    chat.stop(), tab.ends()
+    assert booked(site)[2:] == [1000, 100, 2000, 400, pytest.approx(.0042)] and 'about $0.0042' in tab.said
+
+def test_a_price_that_nobody_knows_is_not_guessed(lab):
+    me = lab.person()
+    chat = me.ask(lab.upstream.plays(used(PAID, 'Hello.', final={'output_tokens': 5})), model='claude-old-1')
+    assert 'price unknown' in chat.watch().ends().said
+    spent = 'select purpose, input, output, cost from usage order by id desc limit 2'
+    assert eventually(lambda: ['title', 3, 9, pytest.approx(4.8e-6)] in rows(lab.db, spent))
+    assert ['reply', 1000, 5, None] in rows(lab.db, spent)
+
+@pytest.mark.parametrize('usage', [
+    'five', [], 5, {'input_tokens': '9'}, {'input_tokens': -5}, {'input_tokens': 1e99, 'output_tokens': True},
+    {'input_tokens': {'a': [1]}, 'server_tool_use': [1]}, {'input_tokens': 10**400, 'server_tool_use': {'x': 'y'}}])
+def test_a_hostile_usage_does_no_harm(site, me, upstream, usage):
+    chat = me.ask(upstream.plays(used(usage, 'Hello.', final=usage)))
+    assert chat.ended()['content'] == 'Hello.' and chat.reply['status'] == 'done'
+    assert all(type(n) in (int, float) and n < 10**9 for n in booked(site)[2:6])
+
+def test_a_cap_is_checked_before_a_call_and_while_it_streams_and_loses_nothing(new_site, upstream):
+    site = new_site(monthly_usd=.01)
+    me = site.person()
+    first = me.ask(upstream.plays(used(PAID, 'word ' * 99, HANG)))
+    tab = first.watch().until('word word')
+    second = me.ask(upstream.plays(used(PAID, 'word ' * 700, HANG)))
+    assert second.watch().ends().status == 'stopped' and 'monthly cap' in second.reply['note']
+    assert second.reply['content'] == 'word ' * 700 and tab.ends().status == 'stopped'
+    for answer in (second.post(message='precious words', htmx=False), me.post('/', message='precious words', htmx=False)):
+        assert answer.status_code == 402 and 'cap' in answer.text and 'precious words' in answer.text
+    assert second.post('/retry').status_code == 402 and not upstream.called('precious words')
+
+def test_where_there_is_a_cap_a_price_must_be_known(new_site, upstream):
+    answer = new_site(monthly_usd=5, model='claude-nova-9').person().post('/', message=(question := 'How much?'))
+    assert answer.status_code == 402 and 'PRICES' in answer.text and not upstream.called(question)
+
+def test_the_usage_page_and_its_csv_say_what_was_booked(new_site):
+    site = new_site()
+    now = time.time()
+    python(CHANGE, site.db, f"""
+        insert into usage (owner, at, model, purpose, input, output, cache_read, cache_write, searches, cost)
+        select 'owner', column1, column2, 'reply', 1234, 5, 0, 0, 0, column3 from (values
+            ({now}, '=cmd|x', null), ({now}, 'claude-x', 1.25), ({now} - 86400, 'claude-x', .5), ({now} - 1e7, '<b>', 7))
+        union all select 'somebody', {now}, 'theirs', 'reply', 1, 2, 3, 4, 5, 9""")
+    me = site.person()
+    seen = Page(me.get('/usage').text).root
+    table = {row.text for row in seen.all(lambda n: n.tag == 'tr')}
+    assert {'=cmd|xunknown151,23400', 'claude-x$1.752102,46800'} <= table and '<b>' not in seen.text
+    assert len(seen.all(lambda n: n.tag == 'g')) == 30 and 'theirs' not in seen.text
+    lines = list(csv.reader(io.StringIO(me.get('/usage.csv').text)))
+    assert sorted(line[1] for line in lines) == ["'=cmd|x", '<b>', 'claude-x', 'claude-x', 'model']
+    assert sum(float(line[9]) for line in lines[1:]) == 8.75
+    me.http.cookies.set('zone', '-840')
+    assert me.get('/usage').status_code == 200 and 'style=' not in me.get('/usage').text
 
 @pytest.mark.parametrize('told', [b'<html>', b'[]', b'{"data": 5}', b'[' * 100_000, b'{"data": [' + b' ' * 2_000_000,
                                   b'{"data": [{}], "has_more": true}', httpx2.ReadError('x')], ids=lambda b: ascii(b)[:20])
@@ -5245,6 +5327,8 @@ def test_axe_finds_no_violation(profile, long, upstream, axe, scheme, width):
     assert axe(view) == []
     gate.open()
     view.ends()
+    view.page.locator('.account summary').click()
+    assert eventually(lambda: view.page.evaluate("getComputedStyle(document.querySelector('.account')).opacity") == '1')
     assert axe(view) == []
     view.send(upstream.plays(refuses(401))).ends('failed', idx=3)
     assert axe(view) == []
@@ -5261,4 +5345,6 @@ def test_axe_finds_no_violation(profile, long, upstream, axe, scheme, width):
     if width == 390:
         view.button('Conversations').click()
         assert axe(view) == []
+    view.page.goto(long.url + '/usage')
+    assert view.page.get_by_role('img', name='Cost of the last').is_visible() and axe(view) == []
     assert axe(View(profile(color_scheme=scheme), long.url + '/c/unknown')) == []
