@@ -11,7 +11,7 @@
 #
 # Read from the top: a section uses only what stands above it. It opens as a notebook too, and every `Try it` cell runs.
 #
-# It does not: know several people, run several processes on one database, branch, search, call tools, or phone home.
+# It does not: know several people, run several processes on one database, call tools, or phone home.
 
 # %%
 import asyncio
@@ -1103,7 +1103,7 @@ class Store:
         old, last = self._conversation(db, owner, conversation), self._message(db, owner, conversation, at)
         if last.status == RUNNING: raise Refused(409, STILL_WRITING)
         new, now, leaf = secrets.token_urlsafe(12), time.time(), None
-        row = vars(old) | dict(id=new, created=now, updated=now, seen=now, pinned=None)
+        row = vars(old) | dict(id=new, created=now, updated=now, seen=now, pinned=None, trashed=None)
         del row['running']
         self._insert(db, 'conversation', **row)
         for each in self._path(db, owner, conversation, leaf=last.id):
@@ -1170,7 +1170,7 @@ class Store:
 
     def _message(self, db, owner, conversation, id, role=''):
         rows = db.q('select * from message where id = ? and conversation = ? and owner = ?', [id, conversation, owner])
-        if not rows or rows[0]['role'] not in (role or rows[0]['role']): raise Refused(404, NO_MESSAGE)
+        if not rows or role and rows[0]['role'] != role: raise Refused(404, NO_MESSAGE)
         return as_row(rows[0], Message)
 
     def _keyed(self, db, owner, conversation, key):
@@ -3222,8 +3222,7 @@ def Editor(message):
     back = fragment.to(conversation_id=message.conversation, idx=message.idx)
     return Article(
         H2('You', cls='unseen'),
-        BranchForm(edit.to(conversation_id=message.conversation), message,
-             Input(type='hidden', name='at', value=message.id), Key(id=None),
+        BranchForm(f'{edit.to(conversation_id=message.conversation)}?at={message.id}', message, Key(id=None),
              Div(Textarea('\n' + message.content, name='message', rows=2, autofocus=True, autocomplete='off',
                           aria_label='Your question'),
                  Button(Icon('send'), Unseen('Send the changed question'), cls='send round'), cls='field'),
@@ -3241,7 +3240,7 @@ def Actions(message):
                  href=as_written.to(**here, idx=message.idx)),
                RetryForm(message, 'Regenerate') if theirs else
                A('Edit', Unseen(' this question'), cls='change quiet', href=f'{change}#msg-{message.idx}',
-                 hx_get=change, hx_target=f'#msg-{message.idx}', hx_swap='outerHTML'),
+                 hx_get=change, hx_select=f'#msg-{message.idx}', hx_target=f'#msg-{message.idx}', hx_swap='outerHTML'),
                Form(Button('Fork', Unseen(' the conversation here'), name='at', value=message.id, cls='quiet'),
                     method='post', action=fork.to(**here), cls='fork'),
                Span(message.model, cls='by'), Time(when.translate({84: ' ', 90: ' UTC'}), datetime=when), cls='actions')
@@ -3613,13 +3612,11 @@ def Opener(setup, **attrs):
                       title='Model and settings of this conversation', data_action='Settings of this conversation'),
                id='opener', data_reads=' '.join(['image'] * setup.model.images + ['pdf'] * setup.model.pdfs), **attrs)
 
-def Composer(typed='', notice='', to='', setup=None, after=None, at=None, files=()):
+def Composer(typed='', notice='', to='', setup=None, after=None, files=()):
     """Where one writes. It posts to the page's own address, so a first question and a later one are the same form;
-    `to` is for a page that stands at another one. `after` is the message that the next question follows; `at` the one
-    that it replaces, on a page that says why it did not."""
+    `to` is for a page that stands at another one. `after` is the message that the next question follows."""
     return Form(
         Label('Message', _for='message', cls='unseen'), Key(), After(after),
-        Input(type='hidden', name='at', value=at) if at else None,
         Ul(*map(Chip, files), id='files', cls='files', aria_label='Files to send'), Coming(),
         Input(type='file', id='upload', name='upload', multiple=True, aria_label='Attach files'),
         Div(Button(Icon('file'), Unseen('Attach files'), type='button', cls='attach round scripted',
@@ -4605,8 +4602,8 @@ let sent = null, unsaved = 0, saving = false;
 const sized = CSS.supports('field-sizing: content');
 const grow = (area = box) => { if (!sized) area.rows = Math.min(12, area.value.split('\n').length); };
 const write = text => { box.value = text; grow(); };
-const draft = () => new URLSearchParams({
-  conversation: location.pathname.match(/^\/c\/([^/]+)/)?.[1] || '', message: box.value, key: $('#key').value });
+const draft = () => new URLSearchParams({ message: box.value, key: $('#key').value,
+  conversation: (composer.getAttribute('action') || location.pathname).match(/^\/c\/([^/]+)/)?.[1] || '' });
 async function save() {
   const text = box.value;
   saving = true;
@@ -4659,7 +4656,7 @@ on('htmx:beforeRequest', e => {
 on('htmx:beforeSwap', e => { // a change of branch is answered by all that follows: it takes the place of what did
   const { target, requestConfig } = e.detail;
   if (!target.matches('.message') || requestConfig.verb !== 'post') return;
-  for (const later of $$(`#${target.id} ~ .message`)) later.remove();
+  for (const old of $$(`#${target.id} ~ .message`)) old.remove();
 });
 composer.addEventListener('htmx:afterRequest', e => {
   if (e.detail.xhr.status < 200 || e.detail.xhr.status >= 300) return sent = null;
@@ -5367,9 +5364,6 @@ async def shown(req, conversation_id, **more):
     before, edit = depth(req, 'before'), req.query_params.get('edit')
     conversation, path = await parley(req).store.path(owner(req), conversation_id, before=before, last=SHOWN,
                                                       reach=depth(req, 'from') - 2)
-    if by_htmx(req) and edit:
-        if question := next((m for m in path if str(m.id) == edit and m.role == 'user'), None): return Editor(question)
-        raise Refused(409, 'Another version of this is shown by now: load the page again.')
     if by_htmx(req) and before < ENDLESS: return await transcript(req, path)
     later = A('To the end of the conversation', href=req.url.path, cls='quiet') if before < ENDLESS else None
     setup = more.pop('setup', None) or await setup_of(req, conversation.id, conversation.choices)
@@ -5410,7 +5404,7 @@ async def edit(req, conversation_id: str):
     "Ask another question in place of `at`, which stays beside it."
     form = await form_of(req)
     question, _ = await parley(req).turns.ask(owner(req), conversation_id, form.get('message', ''),
-                                              form.get('key') or None, instead=form.get('at', ''))
+                                              form.get('key') or None, instead=req.query_params.get('at', ''))
     return await branch(req, conversation_id, question.idx)
 
 @rt.post('/c/{conversation_id}/choose')
@@ -5633,18 +5627,18 @@ async def refused(req, error):
     headers = {'retry-after': str(error.retry_after)} if error.retry_after else None
     if req.url.path.endswith('.json'): return JSONResponse({'error': error.words}, error.status, headers)
     if by_htmx(req): return PlainTextResponse(error.words, error.status, headers)
-    typed, form = error.typed, {}
-    if req.method == 'POST':
+    typed = error.typed
+    if req.method == 'POST' and not typed:
         with contextlib.suppress(Refused, HTTPException, RuntimeError):  # the body may have been read by half
-            form = await form_of(req)
-    typed, found = typed or form.get('message', ''), []
+            typed = (await form_of(req)).get('message', '')
+    found = []
     with contextlib.suppress(Unusable): found = await parley(req).store.conversations(owner(req))
     files, trashed = getattr(req.state, 'files', ()), isinstance(error, Trashed)
     words = None if typed or files else Div(H2(error.words), P(
         A('A new conversation', href='/'), ' ', A('The trash', href=trash.to()) if trashed else None), id='empty')
     notice = '' if words else error.words  # beside the text that is still there, or in the middle of an empty page
     return HTMLResponse(to_xml(Page('Parley', found, words, look=look_of(req), typed=typed, notice=notice,
-                                    at=form.get('at'), files=files)), error.status, headers)
+                                    files=files)), error.status, headers)
 
 # %%
 if NOTEBOOK:

@@ -354,7 +354,6 @@ class Tab:
         self.code = 1006
 
 def plain(text): return ' '.join(text.split())
-def named(html, name): return Page(html).root.all(lambda n: n.attrs.get('name') == name)
 def versions(chat, idx): return named_in(chat, idx, 'message')
 def named_in(chat, idx, name):
     return [n.attrs['value'] for n in Page(chat.page()).root.find(f'msg-{idx}').all(lambda n: n.attrs.get('name') == name)]
@@ -1852,18 +1851,18 @@ def test_retry_writes_a_new_reply_at_the_same_index_and_deletes_nothing(site, me
 def test_an_edit_and_a_new_answer_stand_beside_the_old_ones_and_the_path_decides(site, me, upstream):
     chat = me.ask(upstream.says('one'))
     chat.ended(), chat.say(old := upstream.says('two')).ended()
-    ids = [node.attrs['value'] for node in named(chat.page(), 'at')]            # of Regenerate, Fork, Answer
     def branch(path, idx, **form):
         answer = chat.post(path, **form)
         assert answer.status_code == 200, answer.text
         assert [n.attrs['id'] for n in bubbles(answer.text)] == [f'msg-{n}' for n in range(idx, len(chat.messages))]
         return answer.text
     def texts(): return [m['content'] for m in chat.messages]
-    asked = branch('/edit', 2, message=(new := upstream.says('three')), at=id_of(chat, 2), key='key-e')
+    edit = f'/edit?at={id_of(chat, 2)}'
+    asked = branch(edit, 2, message=(new := upstream.says('three')), key='key-e')
     assert chat.ended()['content'] == 'three' and upstream.called(new)[0].questions == [texts()[0], new]
-    assert branch('/edit', 2, message=new, at=id_of(chat, 2), key='key-e') and len(upstream.called(new)) == 1
+    assert branch(edit, 2, message=new, key='key-e') and len(upstream.called(new)) == 1
     assert '2 of 2' in plain(Page(asked).root.text) and texts()[1:] == ['one', new, 'three']
-    assert chat.post('/edit', message='another', at=ids[0], key='key-e').status_code == 409
+    assert chat.post(edit, message='another', key='key-e').status_code == 409
     branch('/choose', 2, message=sibling(chat, 2))
     assert texts()[1:] == ['one', old, 'two'] and old in me.get(f'/c/{chat.id}.md').text
     for _ in range(2): branch('/retry', 1, at=id_of(chat, 1), key='key-r'), chat.ended()
@@ -1894,7 +1893,7 @@ def test_while_a_reply_runs_its_conversation_shows_no_other_branch(me, upstream)
     chat.ended(), chat.retry().ended()
     other, here = sibling(chat, 1), id_of(chat, 1)
     chat.say(upstream.says('half ', HANG))
-    for path, form in [('/choose', {'message': other}), ('/edit', {'at': id_of(chat, 0), 'message': 'words'}),
+    for path, form in [('/choose', {'message': other}), (f'/edit?at={id_of(chat, 0)}', {'message': 'words'}),
                        ('/retry', {'at': here}), ('/fork', {'at': id_of(chat, 3)})]:
         refused = chat.post(path, **form)
         assert refused.status_code == 409 and 'still being written' in refused.text, path
@@ -1915,11 +1914,12 @@ def test_a_question_says_what_it_follows_and_a_tab_that_is_behind_is_shown_the_r
     assert chat.post(message=upstream.says('three'), after=after).status_code == 200
     chat.ended()
 
-@pytest.mark.parametrize('path, field', [('/edit', 'at'), ('/retry', 'at'), ('/fork', 'at'), ('/choose', 'message')])
+@pytest.mark.parametrize('path, field', [('/edit?at=', 'x'), ('/retry', 'at'), ('/fork', 'at'), ('/choose', 'message')])
 def test_a_message_of_another_conversation_is_404(me, upstream, path, field):
     chat, other = me.ask(upstream.says('one')), me.ask(upstream.says('two'))
     chat.ended(), other.ended()
     for at in (id_of(other, 0), '', 'x', '9' * 30):
+        path = path and path.partition('=')[0] + ('=' + at) * ('?' in path)
         assert chat.post(path, **{'message': 'words', field: at}).status_code == 404, at
     assert len(chat.messages) == 2
 
@@ -4416,6 +4416,51 @@ NODES = """id => { const walk = document.createTreeWalker(document.getElementByI
     return all }"""
 
 @browser_test
+def test_a_person_edits_walks_regenerates_and_forks(view, upstream):
+    view.send(first := upstream.says('one')).ends()
+    view.send(old := upstream.says('two')).ends(idx=3)
+    def act(idx, name):
+        view.bubble(idx).hover()
+        view.bubble(idx).get_by_role(name[0], name=re.compile(name[1])).first.click()
+    box = view.page.locator('.edit textarea')
+    act(2, ('link', 'Edit'))
+    assert box.input_value() == old and view.eventually(lambda: box.evaluate('e => e === document.activeElement'))
+    box.fill('dropped'), box.press('Escape')
+    assert view.eventually(lambda: not box.count() and view.text(2) == old)
+    act(2, ('link', 'Edit'))
+    box.fill(new := upstream.says('three')), box.press('Enter')
+    assert view.until('three', idx=3).text(2) == new and view.bubble(4).count() == 0
+    act(2, ('button', 'Previous'))
+    assert view.until('two', idx=3).text(2) == old
+    assert view.page.evaluate('document.activeElement.id') == 'Previous-2', 'one goes on walking by keyboard'
+    view.page.keyboard.press('Enter')
+    assert view.until('three', idx=3).text(2) == new
+    act(1, ('button', 'Regenerate'))
+    assert view.eventually(lambda: view.bubble(1).get_by_text('2/2').count() and not view.bubble(2).count())
+    view.send(upstream.says('four')).ends(idx=3)
+    act(1, ('button', 'Previous'))
+    assert view.until('three', idx=3).text(2) == new
+    view.page.reload()
+    assert [view.text(idx) for idx in range(4)] == [first, 'one', new, 'three']
+    was = view.page.url
+    act(1, ('button', 'Fork'))
+    assert view.eventually(lambda: view.page.url != was and view.text(1) == 'one') and view.bubble(2).count() == 0
+
+@browser_test
+def test_without_javascript_a_question_is_changed_and_its_versions_are_walked(profile, site, me, upstream):
+    chat = me.ask(old := upstream.says('one'))
+    chat.ended()
+    view = View(profile(java_script_enabled=False), f'{site.url}/c/{chat.id}')
+    view.bubble(0).get_by_role('link', name='Edit').click()
+    view.page.locator('.edit textarea').fill(' ')
+    view.page.locator('.edit .send').click()
+    view.composer.fill(new := upstream.says('two'))             # of the page that says why not
+    view.page.locator('#composer .send').click()
+    assert view.until('two').text(0) == new and len(chat.messages) == 2
+    view.bubble(0).get_by_role('button', name='Previous').click()
+    assert view.until('one').text(0) == old and view.page.url.endswith('?from=0#msg-0')
+
+@browser_test
 def test_the_streamed_page_is_node_for_node_what_a_reload_shows(view, upstream):
     print(f'SEED={SEED}')
     rng = random.Random(SEED)
@@ -4609,6 +4654,8 @@ def test_a_draft_survives_a_reload_and_a_refusal(profile, new_site, upstream):
     view.composer.fill('a draft')
     view.page.reload()
     assert view.composer.input_value() == 'a draft'
+    def elsewhere(): return View(profile(), view.url).composer.input_value() == 'a draft'
+    assert view.eventually(elsewhere), 'it is on the server'
     view.send(upstream.says('half ', gate := Gate(), 'whole')).until('half')
     assert view.composer.input_value() == ''
     view.send('too early')
@@ -5094,6 +5141,12 @@ def test_a_long_conversation_opens_at_its_end_in_under_a_second(profile, long):
     took = time.monotonic() - begun
     assert 'message 1999' in view.text(1999) and scrolled(view)[1] < 2 and took < 1, took
     assert view.page.locator('.message').count() <= 60 and not view.console
+
+@browser_test
+def test_a_message_that_is_landed_on_is_in_view_however_old(profile, long):
+    view = View(profile(), f'{long.url}/c/long?from=1900#msg-1900')
+    top = view.bubble(1900).evaluate('e => e.getBoundingClientRect().top')
+    assert 0 <= top < 300 and view.bubble(1898).count() and view.bubble(1999).count()
 
 @browser_test
 def test_older_messages_load_above_and_keep_the_readers_place(profile, long):
