@@ -3215,7 +3215,7 @@ def Walk(message):
                       id=f'{words}-{message.idx}', name='message', value=other, cls='quiet')  # htmx keeps focus by id
     return BranchForm(choose_branch.to(conversation_id=message.conversation), message,
                 Way('‹', 'Previous', versions[n - 1]), f'{n + 1}/{len(versions)}',
-                Way('›', 'Next', versions[(n + 1) % len(versions)]), cls='walk', role='group', aria_label='Versions')
+                Way('›', 'Next', versions[(n + 1) % len(versions)]), cls='walk')
 
 def Editor(message):
     "A question that is being changed, at its place."

@@ -2269,7 +2269,7 @@ def test_edit_fork_export_and_import_keep_the_files(desk):
     chat.ended()
     question = bubbles(chat.page())[0].attrs
     at = rows(desk.db, f"select id from message where conversation = '{chat.id}' and role = 'user'")[0][0]
-    assert question['id'] == 'msg-0' and chat.post('/edit', message='Once more', at=at).status_code == 200
+    assert question['id'] == 'msg-0' and chat.post(f'/edit?at={at}', message='Once more').status_code == 200
     chat.ended()
     assert [b['type'] for b in desk.upstream.calls[-1].body['messages'][0]['content']] == ['image', 'text']
     copy = chat.post('/fork', at=at, htmx=False).headers['location'].rpartition('/')[2]
@@ -4305,7 +4305,7 @@ class View:
         self.page.goto(url)
 
     @property
-    def composer(self): return self.page.locator('textarea[name=message]')
+    def composer(self): return self.page.locator('textarea[name=message]:not(.edit *)')
     @property
     def log(self): return self.page.evaluate('window.__log')
     def kinds(self, kind): return [entry for entry in self.log if entry[0] == kind]
@@ -5320,6 +5320,16 @@ def test_on_a_touch_screen_everything_is_large_enough(profile, site, upstream):
     view.send(upstream.says('x', HANG)).until('x')
     view.button('stop').first.click()
     view.ends('stopped')
+    view.bubble(0).get_by_role('link', name='Edit').click()
+    view.page.locator('.edit .send').click()
+    view.until('x').button('stop').first.click()
+    view.ends('stopped')
+    view.bubble(0).get_by_role('link', name='Edit').click()
+    view.page.locator('.edit').wait_for()
+    assert not view.page.evaluate(small)
+    view.page.locator('.edit .cancel').click()
+    view.bubble(0).get_by_role('button', name='Next').wait_for()
+    assert not view.page.evaluate(small)
     view.button('Conversations').click()
     assert not view.page.evaluate(small)
 
@@ -5383,6 +5393,12 @@ def test_axe_finds_no_violation(profile, long, upstream, axe, scheme, width):
     view.page.locator('.account summary').click()
     assert eventually(lambda: view.page.evaluate("getComputedStyle(document.querySelector('.account')).opacity") == '1')
     assert axe(view) == []
+    view.bubble(1).get_by_role('button', name='Regenerate').click()
+    assert view.eventually(lambda: view.bubble(1).locator('.walk').count()) and view.ends()
+    view.bubble(0).get_by_role('link', name='Edit').click()
+    view.page.locator('.edit').wait_for()
+    assert axe(view) == []
+    view.page.locator('.edit .cancel').click()
     view.send(upstream.plays(refuses(401))).ends('failed', idx=3)
     assert axe(view) == []
     view.page.keyboard.press('Control+k')
