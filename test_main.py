@@ -5342,6 +5342,8 @@ def axe():
 
     def look(view):
         view.page.evaluate(source)
+        view.page.evaluate('Promise.allSettled(document.getAnimations().filter(a => a instanceof CSSTransition)'
+                           '.map(a => a.finished)).then(() => {})')
         found = view.page.evaluate('axe.run({runOnly: {type: "tag", values: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa",'
                                    ' "wcag22aa", "best-practice"]}}).then(r => r.violations)')
         return [(v['id'], v['impact'], [n['html'][:200] for n in v['nodes']][:3]) for v in found]
