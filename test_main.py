@@ -4342,9 +4342,12 @@ class View:
 
 @browser_test
 def test_the_seven_steps_happen_in_their_order(view, upstream):
-    gate, rest = Gate(), [f'word{n} ' for n in range(40)]
-    question = upstream.says('first ', gate, *paced(rest, .01))
-    view.send(question).until('first')
+    start, gate, rest = Gate(), Gate(), [f'word{n} ' for n in range(40)]
+    question = upstream.says(start, 'first ', gate, *paced(rest, .01))
+    view.send(question)
+    assert view.eventually(lambda: view.kinds('wsOpen'))
+    start.open()
+    view.until('first')
     gate.open()
     shown = view.ends()
     assert view.eventually(lambda: view.kinds('wsClose'))
@@ -4638,12 +4641,12 @@ def test_of_two_tabs_that_send_at_once_one_is_told_to_wait_and_loses_nothing(pro
 def test_without_javascript_the_app_still_works(profile, site, upstream):
     view = View(profile(java_script_enabled=False), site.url)
     view.composer.fill(upstream.says('half ', gate := Gate(), 'whole'))
-    view.page.locator('form:has(textarea) button').first.click()
+    view.page.locator('form:has(textarea) .send').first.click()
     view.until('half')
     gate.open()
     assert view.ends() == 'half whole'
     view.composer.fill(upstream.says('endless ', HANG))
-    view.page.locator('form:has(textarea) button').first.click()
+    view.page.locator('form:has(textarea) .send').first.click()
     view.until('endless', idx=3)
     view.button('stop').first.click()
     assert view.ends('stopped', idx=3) == 'endless' and not view.console
@@ -5083,7 +5086,7 @@ def test_code_is_copied_exactly_and_wraps_on_demand(profile, site, upstream):
 @browser_test
 def test_the_time_of_a_message_is_there_for_pointer_and_keyboard(view, upstream):
     view.send(upstream.says('one')).ends()
-    shown = lambda: float(view.bubble(1).locator('.actions').evaluate('e => getComputedStyle(e).opacity'))
+    shown = lambda: float(view.bubble(1).locator('time').evaluate('e => getComputedStyle(e).opacity'))
     view.page.mouse.move(5, 5)
     assert view.eventually(lambda: shown() == 0)
     view.bubble(1).hover()
