@@ -150,6 +150,7 @@ class Settings:
     max_system_chars: int = setting(20_000, 'the longest system prompt', low=1, high=1_000_000)
     max_searches: int = setting(8, 'web searches for one answer, and as many pages fetched', low=1, high=100)
     max_prompts: int = setting(200, 'saved prompts of one person', low=1, high=10_000)
+    max_servers: int = setting(20, 'connected servers of one person', low=0, high=100)
     max_field_chars: int = setting(1_024, 'the longest field of a form that is not a message', low=50, high=10_000)
     max_body_bytes: int = setting(4_000_000, 'the longest body of a request', low=1_000, high=200_000_000)
     max_import_bytes: int = setting(2_000_000_000, 'the largest file to import, packed and unpacked', low=1_000,
@@ -305,6 +306,15 @@ class Prompt:
     owner: str
     name: str
     text: str
+
+@dataclass
+class Remote:
+    "An MCP server whose tools Claude may use where `mcp-{id}` is among the choices. Its token leaves only for Claude."
+    id: int
+    owner: str
+    name: str
+    url: str
+    token: str = field(repr=False)
 
 @dataclass
 class Session:
@@ -491,6 +501,9 @@ create index conversation_trashed on conversation (trashed) where trashed is not
 create table usage (id integer primary key, owner text, at float, model text, purpose text, input integer,
     output integer, cache_read integer, cache_write integer, searches integer, cost float);
 create index usage_by_time on usage (owner, at, cost);
+-- ids are never used again: a choice of a server that is gone must not mean another one
+create table server (id integer primary key autoincrement, owner text, name text, url text, token text);
+create unique index server_by_name on server (owner, name);
 ''']
 
 # Scripts that put no spaces between words: each of their letters is a word, and a run of them a phrase.
@@ -520,6 +533,9 @@ TITLES = '''select c.id as conversation, c.title, null as message, '' as role, c
     highlight(titled_index, 0, :start, :end) as snippet
 from titled_index join conversation c on c.rowid = titled_index.rowid
 where titled_index match :query and c.owner = :owner and c.trashed is null order by c.updated desc limit :limit'''
+
+SERVER_URL = re.compile(r'(https://([a-z0-9._-]+|\[[0-9a-f:]+\])|http://(localhost|127(\.\d{1,3}){3}|\[::1\]))'
+                        r'(:\d{1,5})?([/?][!-~]*)?', re.IGNORECASE)
 
 JSON_COLUMNS = ('choices', 'blocks', 'meta', 'siblings')
 # what a call is counted in, as the API says it and as it is booked
@@ -638,7 +654,8 @@ def examined(database: Path):
             raise Unusable('the file is a database, but not one of Parley')
         yield conn
 
-SECRETS = ['delete from session']  # what a copy that leaves the machine by the page is without
+# what a copy that leaves the machine by the page is without
+SECRETS = ['delete from session', "update server set token = ''"]
 
 def copy_database(database: Path, file: Path, without=(), spare=1_000_000) -> Path:
     """A consistent copy, also of a database in use, by SQLite's own backup (https://sqlite.org/backup.html): all of it
@@ -982,6 +999,26 @@ class Store:
         db.execute('delete from prompt where owner = ? and id = ?', [owner, id])
 
     @reads
+    def servers(self, db, owner) -> list[Remote]:
+        return [Remote(**row) for row in db.q('select * from server where owner = ? order by name', [owner])]
+
+    @writes
+    def keep_server(self, db, owner, name, url, token):
+        "Keep a server under a name; one of that name gets the new address and token. Raises `Refused` 422."
+        if not re.fullmatch(r'[A-Za-z0-9_-]{1,64}', name): raise Refused(422, 'A name has letters, digits, - and _.')
+        if not SERVER_URL.fullmatch(url):
+            raise Refused(422, 'The address must be a URL with https://; http:// only on this machine.')
+        if token and not re.fullmatch(r'[!#-\[\]-~]{8,}', token): raise Refused(422, 'This can not be a token.')
+        others = db.q('select count(*) as n from server where owner = ? and name <> ?', [owner, name])[0]['n']
+        if others >= self.limits.max_servers: raise Refused(422, 'No more servers can be kept: delete one first.')
+        db.execute("""insert into server (owner, name, url, token) values (?, ?, ?, ?)
+            on conflict (owner, name) do update set url = excluded.url, token = excluded.token""",
+                   [owner, name, url, token])
+
+    @writes
+    def drop_server(self, db, owner, id): db.execute('delete from server where owner = ? and id = ?', [owner, id])
+
+    @reads
     def known(self, db, name):
         "What was learnt last under this name, None for nothing."
         rows = db.q('select value from known where name = ?', [name])
@@ -1258,6 +1295,10 @@ PORTABLE = {kind: [f for f in fields(kind) if f.name not in LOCAL] for kind in (
 LONGEST_CONVERSATION, LONGEST_TABLE, LAST_DAY = 80_000_000, 20_000_000, 253_402_214_400  # characters, bytes, 9999-12-31
 CHOSEN = {'model': str, 'system': str, 'effort': str, 'thinking': str, 'max_tokens': int}
 
+def carried(choices: Mapping) -> dict:
+    "What of choices goes on to other conversations. Servers do not: each is switched on where it is wanted."
+    return {name: value for name, value in choices.items() if not name.startswith('mcp-')}
+
 def exported(conversation: Conversation, tree: list[Message]) -> dict:
     """A conversation as our own format has it: `messages` are the path that is shown, `others` the rest of the tree. A
     message's `id` is its place in the order they came, `idx` its depth."""
@@ -1270,7 +1311,8 @@ def exported(conversation: Conversation, tree: list[Message]) -> dict:
         told = {'id': n, 'parent': place.get(m.parent), 'idx': m.idx}
         parts[m.id in path].append(told | {f.name: getattr(m, f.name) for f in PORTABLE[Message]})
     return {'format': 'parley', 'version': 1, 'id': conversation.id, 'messages': parts[True], 'others': parts[False],
-            **{f.name: getattr(conversation, f.name) for f in PORTABLE[Conversation]}}
+            **{f.name: getattr(conversation, f.name) for f in PORTABLE[Conversation]},
+            'choices': carried(conversation.choices)}
 
 def as_text(told: dict) -> bytes: return json.dumps(told, ensure_ascii=False, sort_keys=True).encode() + b'\n'
 
@@ -1413,6 +1455,7 @@ def ours(told: dict, owner: str) -> dict:
             if type(file['size']) is not int or not isinstance(file['sha'], str | None): raise TypeError
         if m['status'] not in OVER: message |= {'status': 'interrupted', 'ended': message['created']}
         messages.append(message | {'parent': parent, 'idx': 0 if parent is None else messages[parent]['idx'] + 1})
+    told = told | {'choices': carried(told['choices'])}  # a file switches no server on
     return checked(told, Conversation) | with_path(id, messages, messages and told['messages'][-1]['id'])
 
 def with_path(id, messages, leaf) -> dict:
@@ -1708,10 +1751,13 @@ THOUGHTS = ('thinking', 'redacted_thinking')
 # The Models API has no word of its own for reading pages; searching without it would be half of what people expect.
 WEB = {'web_search': {}, 'web_fetch': {'citations': {'enabled': True}, 'max_content_tokens': 30_000}}
 
+MCP = ['mcp-client-2026-09-15']  # https://platform.claude.com/docs/en/agents-and-tools/mcp-connector
+
 def prefix_of(request: dict) -> str:
     """A mark of what stands before the first message. Newer models take their thinking back only if nothing before it
     has changed, else they refuse the whole request: https://platform.claude.com/docs/en/build-with-claude/preserved-thinking"""
-    before = json.dumps([request.get(name) for name in ('system', 'tools', 'mcp_servers')], sort_keys=True)
+    servers = [server | {'authorization_token': ''} for server in request.get('mcp_servers', ())]
+    before = json.dumps([request.get('system'), request.get('tools'), servers or None], sort_keys=True)
     return hashlib.sha256(before.encode()).hexdigest()[:16]
 
 ROOM = 22_000_000  # bytes of files in one request: as base64 they leave a little of the 32 MB that it may have
@@ -1747,19 +1793,24 @@ def sent_back(blocks: list[dict]) -> list[dict]:
             'tool_use_id' not in block or block['tool_use_id'] in calls)
     return [{name: value for name, value in block.items() if name != 'seconds'} for block in blocks if taken(block)]
 
-def history(path: list[Message], prefix='', model=Model(''), sent: Mapping[str, str | None] = {}) -> list[dict]:
+def history(path: list[Message], prefix='', model=Model(''), sent: Mapping[str, str | None] = {}, servers=()
+            ) -> list[dict]:
     """What Claude is sent: the path without empty messages. A partial reply stands as text before the next question,
     never last: models refuse to go on from a text that isn't theirs to finish. Thinking under another `prefix` (see
-    `prefix_of`) is left out, each time in the same way, so that what was thought since stays valid. Files, whose
-    content is in `sent`, stand before the words about them."""
+    `prefix_of`) is left out, each time in the same way, so that what was thought since stays valid, and so is what
+    was done with other servers than these. Files, whose content is in `sent`, stand before the words about them."""
     before = set()
+    def known(block):
+        name = block.get('server_name') or block.get('mcp_server_name')
+        return name in servers or block['type'] not in ('mcp_tool_use', 'mcp_tool_listing')
     def content(m):
         if m.status != 'done': return m.content
         if m.role == 'user' and m.blocks:
             blocks = [as_sent(b, sent, model, before) if b['type'] == 'file' else b for b in m.blocks]
             return blocks + [{'type': 'text', 'text': m.content}] * bool(m.content.strip())
         same = m.role == 'user' or m.meta.get('prefix') == prefix
-        return sent_back([block for block in m.blocks if same or block.get('type') not in THOUGHTS]) or m.content
+        blocks = [block for block in m.blocks if known(block) and (same or block['type'] not in THOUGHTS)]
+        return sent_back(blocks) or m.content
     turns = [{'role': m.role, 'content': content(m)} for m in path]
     turns = [turn for turn in turns if isinstance(turn['content'], list) or turn['content'].strip()]
     while turns and turns[-1]['role'] == 'assistant': turns.pop()
@@ -1970,13 +2021,16 @@ class Claude:
             if said.get(name) in allowed: kept[name] = said[name]
         if tokens.isdecimal() and len(tokens) < 9 and 0 < int(tokens) < self.longest(model):
             kept['max_tokens'] = int(tokens)
+        kept |= {name: 'on' for name in said if re.fullmatch(r'mcp-\d{1,15}', name) and said[name] == 'on'}
         if said.get('web') == 'on' and 'web_search' in model.tools: kept['web'] = 'on'
         return kept | ({'system': system} if system else {})
 
-    def request(self, path: list[Message], choices: Mapping = {}, sent: Mapping[str, str | None] = {}) -> dict:
+    def request(self, path: list[Message], choices: Mapping = {}, sent: Mapping[str, str | None] = {},
+                servers: list[Remote] = ()) -> dict:
         """The parameters of the call that answers `path`, whose files are `sent`: what was chosen, as far as the model
-        can do it. What nobody chose is left out, so that the model's own default holds, which its makers tuned; only a
-        model that decides by itself how much it thinks (`adaptive`) is always asked to, else its thinking is hidden."""
+        can do it; of `servers` those that are switched on. What nobody chose is left out, so that the model's own
+        default holds, which its makers tuned; only a model that decides by itself how much it thinks (`adaptive`) is
+        always asked to, else its thinking is hidden."""
         choices = self.valid(choices, choices)
         model, think, effort = self.model_of(choices), choices.get('thinking'), choices.get('effort')
         most = choices.get('max_tokens', self.longest(model))
@@ -1995,7 +2049,13 @@ class Claude:
         if 'web' in choices: request['tools'] = [
             {'type': f'{name}_20260318', 'name': name, 'max_uses': self.settings.max_searches,
              'allowed_callers': ['direct']} | more for name, more in WEB.items()]
-        return request | {'messages': history(path, prefix_of(request), model, sent)}
+        on = [server for server in servers if f'mcp-{server.id}' in choices and model.known]
+        if on: request |= {
+            'betas': MCP, 'mcp_servers': [{'type': 'url', 'name': server.name, 'url': server.url} | (
+                {'authorization_token': server.token} if server.token else {}) for server in on],
+            'tools': [*request.get('tools', ()), *[{'type': 'mcp_toolset', 'mcp_server_name': server.name}
+                                                   for server in on]]}
+        return request | {'messages': history(path, prefix_of(request), model, sent, [server.name for server in on])}
 
     def titling(self, path: list[Message]) -> dict:
         "The parameters of the small call that names a conversation: the cheapest model, as little thought as may be."
@@ -2049,20 +2109,27 @@ class Claude:
                 async for event in self._once(request, meta):
                     if not said: meta |= {'first': round(time.monotonic() - began, 3), 'tries': attempt}
                     said = True
+                    if isinstance(event, Whole) and event.block['type'] == 'mcp_tool_result':
+                        event = Whole(json.loads(self._without_secrets(json.dumps(event.block), request)))
                     yield event
                 return
             except Exception as error:  # noqa: BLE001 the SDK, the HTTP client and the parser share no base
                 fault = explain(error, said, request['model'])
             wait = fault.after or 2 ** attempt * random.uniform(0.25, 0.75)  # noqa: S311 jitter, not a secret
             if said or not fault.again or attempt == TRIES or wait > LONGEST_WAIT or time.monotonic() + wait > give_up:
-                words = fault.words
-                for secret in filter(None, (self.settings.api_key, self.settings.auth_token)):
-                    words = words.replace(secret, '…')  # a server may quote what it was sent
                 meta['tries'] = attempt
+                words = self._without_secrets(fault.words, request)
                 yield Ended('interrupted' if said else fault.status, words, meta)
                 return
             yield Waiting(wait)
             await asyncio.sleep(wait)
+
+    def _without_secrets(self, text, request):
+        "A server may quote what it was sent."
+        tokens = [server.get('authorization_token') for server in request.get('mcp_servers', ())]
+        for secret in filter(None, (self.settings.api_key, self.settings.auth_token, *tokens)):
+            text = text.replace(secret, '…')
+        return text
 
     async def _once(self, request, meta):
         "One answer, what each read of the connection brought; a `pause_turn` is sent back as it is and resumed."
@@ -2101,7 +2168,8 @@ class Claude:
         limits, clock = self.settings, time.monotonic
         async with contextlib.AsyncExitStack() as stack:
             async with asyncio.timeout(limits.idle_seconds):
-                response = await stack.enter_async_context(self.sdk.messages.with_streaming_response.create(
+                calls = self.sdk.beta.messages if 'betas' in request else self.sdk.messages
+                response = await stack.enter_async_context(calls.with_streaming_response.create(
                     **request, stream=True))
             meta['request'] = response.headers.get('request-id', '')[:80]
             kind, packing = (response.headers.get(f'content-{name}', '') for name in ('type', 'encoding'))
@@ -2186,7 +2254,7 @@ Try these:
 
 - Say **slow**, then reload the page, close it, or open it in a second tab. The reply goes on.
 - Say **long**, and press Stop in the middle. What you saw is kept.
-- Say **think**, **search** or **refuse**, and see what Claude does beside writing.
+- Say **think**, **search**, **tool** or **refuse**, and see what Claude does beside writing.
 - Set `ANTHROPIC_API_KEY` and start Parley again to talk with Claude itself.
 
 ```python
@@ -2208,7 +2276,14 @@ DEMO_SEARCH = [
          'encrypted_index': 'ZGVtbw==', 'cited_text': 'A parley is a conference, especially one between enemies.'}]},
     {'type': 'text', 'text': '. (Nothing was really searched.)'}]
 
-def demo_answer(asked: str) -> tuple[list[dict], str, float]:
+def demo_tool(server):
+    return [{'type': 'mcp_tool_use', 'id': 'mcptoolu_demo', 'name': 'weather', 'server_name': server,
+             'input': {'place': 'Kiel', 'days': 1}},
+            {'type': 'mcp_tool_result', 'tool_use_id': 'mcptoolu_demo', 'is_error': False,
+             'content': [{'type': 'text', 'text': 'Kiel: 14 °C, rain and wind from the west'}]},
+            {'type': 'text', 'text': 'Take a coat: it rains in Kiel. (No tool was really called.)'}]
+
+def demo_answer(asked: str, server='demo') -> tuple[list[dict], str, float]:
     "What the demo model says to `asked`: blocks, why it stops, and the seconds between two words."
     text, pause, said = f'{DEMO_ANSWER}You said: “{" ".join(asked.split())[:200]}”', 0.02, asked.lower()
     if asked.endswith(TITLING): text, pause = 'Demo: ' + ' '.join(asked.split('</')[0].split()[1:6]), 0
@@ -2216,6 +2291,7 @@ def demo_answer(asked: str) -> tuple[list[dict], str, float]:
     elif 'long' in said:
         part, pause = 'It goes on and on, as you asked, until it ends or you stop it. ' * 8, 0.008
         text = ''.join(f'## Part {n}\n\n{part}\n\n' for n in range(1, 26))
+    elif 'tool' in said: return demo_tool(server), 'end_turn', pause
     elif 'search' in said: return DEMO_SEARCH, 'end_turn', pause
     elif 'refuse' in said: return [{'type': 'text', 'text': 'I would rather'}], 'refusal', pause
     thought = {'type': 'thinking', 'thinking': DEMO_THOUGHT, 'signature': 'ZGVtbw=='}
@@ -2271,9 +2347,10 @@ class Demo(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request):
         if request.method == 'GET': return httpx2.Response(200, json={'data': DEMO_MODELS, 'has_more': False})
-        asked = json.loads(await request.aread())['messages'][-1]['content']
+        told = json.loads(await request.aread())
+        asked = told['messages'][-1]['content']
         if isinstance(asked, list): asked = ' '.join(b.get('text', f'({b["type"]})') for b in asked)
-        blocks, reason, pause = demo_answer(asked)
+        blocks, reason, pause = demo_answer(asked, *[server['name'] for server in told.get('mcp_servers', ())][:1])
         return httpx2.Response(200, headers={'content-type': 'text/event-stream'},
                                stream=DemoStream(blocks, reason, pause * self.pace))
 
@@ -2400,7 +2477,7 @@ class Turns:
     async def first_choices(self, owner) -> dict:
         "What a new conversation begins with: what was chosen for the last one, but not what was said to it."
         last = await self.store.choices(owner)
-        return self.claude.valid({name: value for name, value in last.items() if name != 'system'})
+        return self.claude.valid({name: value for name, value in carried(last).items() if name != 'system'})
 
     async def _chosen(self, owner, conversation, text, choices=None) -> tuple[dict, str]:
         """What holds for the next reply of a conversation, and the id of the model that writes it.
@@ -2559,7 +2636,9 @@ class Turns:
             conversation, path = await self.store.path(turn.reply.owner, turn.reply.conversation)
             files = files_on(path)
             sent = await self.store.to_send(turn.reply.owner, files, ROOM) if files else {}
-            request = self.claude.request(path, conversation.choices | {'model': turn.reply.model}, sent)
+            choices = conversation.choices | {'model': turn.reply.model}
+            servers = await self.store.servers(turn.reply.owner) if carried(choices) != choices else ()
+            request = self.claude.request(path, choices, sent, servers)
             async with contextlib.aclosing(self.claude.reply(request, turn.meta)) as events:
                 async for event in events:
                     match event:
@@ -3285,7 +3364,7 @@ class Step:
 def take_step(steps: list[Step], block: dict) -> Step | None:
     "Put a block where it belongs: the step that is new or has changed, None if there is none to be seen."
     open = next((step for step in steps if step.block.get('open')), None)
-    if block['type'] == 'text': return None
+    if block['type'] in ('text', 'mcp_tool_listing'): return None
     if block['type'] == 'thinking' and open:
         open.block = block
         return open
@@ -3528,6 +3607,7 @@ class Setup:
     rates: dict[str, tuple | None]
     successor: Model | None  # of a retired model
     prompts: list[Prompt]
+    servers: list[Remote]
     longest: int  # tokens of an answer
     limit: int  # characters of a system prompt
     said: str = ''
@@ -3589,6 +3669,10 @@ def Fields(setup, **attrs):
                   aria_label='Name of this prompt', maxlength=60), Act('Save prompt', 'keep'),
             Act('Use', 'use', cls='quiet unscripted') if setup.prompts else None,
             Act('Delete', 'drop') if any(p.text == system for p in setup.prompts) else None, cls='row'),
+        Div(Span(A('Connections', href=connections.to())), *[
+            Label(Input(type='checkbox', name=(name := f'mcp-{server.id}'), value='on', checked=name in setup.choices,
+                        **kept), server.name) for server in setup.servers], cls='row', role='group',
+            aria_label='Connections') if setup.servers and setup.model.known else None,
         Act('Save all', 'save', cls='quiet unscripted'), P(setup.said, role='status'), id='fields', **attrs)
 
 def Panel(setup):
@@ -3645,7 +3729,7 @@ def Empty(model):
            Li('Close the tab, lose the network, restart the server: no word is lost.'),
            Li('Everything stays in one file on your own disk, and no other site hears of it.')),
         P('The demo model answers, because no key is set. It streams and plays: say ', B('slow'), ', ',
-          B('long'), ', ', B('think'), ', ', B('search'), ' or ', B('refuse'), ' to it. Set ',
+          B('long'), ', ', B('think'), ', ', B('search'), ', ', B('tool'), ' or ', B('refuse'), ' to it. Set ',
           Code('ANTHROPIC_API_KEY'), ' and start again to talk with Claude.', cls='demo')
         if demo else P(f'{model.name} answers.', cls='demo'),
         Div(*[Form(Input(type='hidden', name='message', value=words),
@@ -3700,6 +3784,7 @@ def Sidebar(conversations, look, current=None):
                A('Trash', href=trash.to(), cls='quiet', data_action='Trash'),
                A('Usage', href=usage.to(), cls='quiet', data_action='Usage'),
                LookForm(look, Div(*themes, role='group', aria_label='Theme', cls='themes')),
+               A('Connections', href=connections.to(), cls='quiet', data_action='Connections: MCP servers'),
                A('Your data', href=your_data.to(), cls='quiet', data_action='Your data: export, import, backup'),
                Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys',
                       data_action='Show the keys'), SignOut() if look['locked'] else None,
@@ -3899,6 +3984,24 @@ def Usage(rows, days, spent, cap):
                  '. Titles and summaries are counted; of a reply that was cut off the end is estimated.'
                  + ' ≥ where the price of some calls is unknown.' * any(row['unknown'] for row in rows)),
                cls='content usage')
+def Connections(servers, said='', name='', url=''):
+    "The servers whose tools Claude may use. What stands after a `?` may be a secret, as a token is."
+    def Row(server):
+        return Li(B(server.name), Span(server.url.partition('?')[0], cls='host'),
+                  Span('a token is kept' if server.token else 'no token'),
+                  Form(Button('Delete', Unseen(f' {server.name}'), name='drop', value=server.id, cls='quiet'),
+                       method='post'))
+    return Div(
+        H2('Connections'),
+        P('Claude can use the tools of servers that speak the Model Context Protocol (MCP). It is Claude’s side that '
+          'calls them, with what the tool needs from your conversation. A conversation uses one only where you switch '
+          'it on, in its settings.'),
+        Ul(*map(Row, servers), cls='servers') if servers else None,
+        Form(Label('Name', Input(name='name', value=name, required=True, maxlength=64, pattern='[A-Za-z0-9_\\-]+',
+                                 title='letters, digits, - and _', autocomplete='off')),
+             Label('Address', Input(name='url', value=url, type='url', required=True, placeholder='https://…')),
+             Label('Token, if it needs one', Input(name='token', type='password', autocomplete='off')),
+             P(said, role='alert'), Button('Connect', cls='quiet'), method='post'), id='empty', cls='data')
 
 def SignOut():
     return Form(Button('Sign out', cls='quiet', data_action='Sign out'),
@@ -4208,6 +4311,9 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 
 .data form { display: grid; justify-items: start; gap: .5rem; margin: 1.5rem 0 1rem; }
 .data input { max-width: 100%; }
+.data label { display: grid; gap: .25rem; width: min(26rem, 100%); } .servers { padding: 0; list-style: none; }
+.servers li { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; overflow-wrap: anywhere; }
+.servers form { margin: 0 0 0 auto !important; }
 .data .quiet { border: 1px solid var(--edge); color: var(--ink); padding: .25rem .75rem; }
 progress { width: 100%; accent-color: var(--accent); } progress[hidden] { display: none; }
 /* Usage */
@@ -5127,7 +5233,7 @@ async def form_of(req: Request) -> dict[str, str]:
     if 'multipart' in req.headers.get('content-type', ''):
         form = {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
     else:
-        body, most = await req.body(), 20 + parley(req).settings.max_files
+        body, most = await req.body(), 20 + parley(req).settings.max_files + parley(req).settings.max_servers
         try: form = dict(parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=most))
         except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
     most = parley(req).settings.max_field_chars
@@ -5211,8 +5317,8 @@ async def setup_of(req, conversation=None, choices=None, said='') -> Setup:
     model = here.claude.model_of(choices)
     models = list((here.claude.models | {model.id: model}).values())
     return Setup(conversation, choices, model, models, {m.id: here.claude.rates(m.id) for m in models},
-                 here.claude.nearest(model), await here.store.prompts(owner(req)), here.claude.longest(model),
-                 here.settings.max_system_chars, said)
+                 here.claude.nearest(model), await here.store.prompts(owner(req)), await here.store.servers(owner(req)),
+                 here.claude.longest(model), here.settings.max_system_chars, said)
 
 @rt.get('/')
 async def home(req):
@@ -5481,6 +5587,23 @@ async def keep_draft(req):
     said = [form.get(name, '') for name in ('conversation', 'message', 'key')]
     await parley(req).store.keep_draft(owner(req), *said)
     return Response(status_code=204)
+
+@rt.get('/connections')
+async def connections(req): return await connected(req)
+
+async def connected(req, status=200, **said):
+    shown = Connections(await parley(req).store.servers(owner(req)), **said)
+    return await page(req, 'Connections', shown, status=status, to='/')
+
+@rt.post('/connections')
+async def connect(req):
+    "Keep a server, or drop one. What was typed comes back if that can't be, but not the token."
+    form, store = await form_of(req), parley(req).store
+    name, url, token = (form.get(name, '').strip() for name in ('name', 'url', 'token'))
+    try: await (store.drop_server(owner(req), form['drop']) if 'drop' in form else
+                store.keep_server(owner(req), name, url, token))
+    except Refused as no: return await connected(req, no.status, said=no.words, name=name, url=url)
+    return RedirectResponse(connections.to(), 303)
 
 @rt.get('/data')
 async def your_data(req):

@@ -1588,6 +1588,112 @@ def test_searching_is_offered_and_asked_for_where_the_model_can(new_site, upstre
     upstream.models = None
 
 
+# ---- Tools of connected servers --------------------------------------------------------------------------------------
+
+TOKEN = 'canary-token-0123'
+CALLED = (block(1, {'type': 'mcp_tool_use', 'id': 'm1', 'name': '<i>look</i>', 'server_name': 'notes', 'input': {}},
+                {'type': 'input_json_delta', 'partial_json': '{"where": "<b>here"}'}),
+          block(2, {'type': 'mcp_tool_result', 'tool_use_id': 'm1', 'is_error': False,
+                    'content': [{'type': 'text', 'text': f'<u>found {TOKEN}'}]}))
+def named(html, name): return Page(html).root.all(lambda n: n.attrs.get('name') == name)
+LISTING = block(0, {'type': 'mcp_tool_listing', 'mcp_server_name': 'notes', 'tools': []})
+
+@pytest.fixture(scope='module')
+def workshop(new_site, upstream):
+    "A site whose model is known, with two servers; their ids are 1 and 2."
+    upstream.models = [[{'id': 'claude-sonnet-5-5', 'capabilities': {'citations': {'supported': True}}}]]
+    site = new_site()
+    me = site.person()
+    assert eventually(lambda: site.door.state.parley.claude.models)
+    upstream.models = None
+    for server in ({'name': 'notes', 'url': 'https://mcp.example/notes?key=canary-key', 'token': TOKEN},
+                   {'name': 'here', 'url': 'http://127.0.0.1:9/mcp'}):
+        assert me.post('/connections', **server).status_code == 303
+    return site
+
+def test_a_server_is_listed_without_its_secrets_and_can_be_deleted(workshop):
+    me = workshop.person()
+    page = me.get('/connections').text
+    assert 'https://mcp.example/notes' in page and 'a token is kept' in page and 'no token' in page and 'canary' not in page
+    chat = me.ask(workshop.upstream.says('Well.'), model='claude-sonnet-5-5', **{'mcp-1': 'on', 'mcp-9': 'on'})
+    assert [named(chat.page(), f'mcp-{n}')[0].attrs.get('checked', 'no') for n in (1, 2)] == [None, 'no']
+    assert 'canary' not in chat.page() and 'mcp-1' not in me.get(f'/c/{chat.id}.json').text
+    me.post('/connections', name='gone', url='https://gone.example')
+    (gone,) = [n.attrs['value'] for n in named(me.get('/connections').text, 'drop') if 'gone' in n.text]
+    me.post('/connections', drop=gone)
+    assert 'gone.example' not in me.get('/connections').text
+    me.post('/connections', name='next', url='https://next.example')
+    assert named(me.get('/connections').text, 'drop')[1].attrs['value'] != gone
+
+def test_a_backup_by_the_page_has_no_tokens(workshop, tmp_path):
+    (tmp_path / 'copy.db').write_bytes(workshop.person().get('/backup').content)
+    assert all(row == [''] for row in rows(tmp_path / 'copy.db', 'select token from server'))
+    assert TOKEN.encode() not in (tmp_path / 'copy.db').read_bytes()
+
+@pytest.mark.parametrize('wrong', [
+    {'name': 'two words'}, {'name': ''}, {'name': '<b>'}, {'url': 'http://mcp.example'}, {'url': 'https://'}, {'url': 'x'},
+    {'url': 'https://me:secret@mcp.example'}, {'url': 'https://a.example/ b'}, {'url': 'http://127.0.0.1.evil.example'},
+    {'url': 'javascript:alert(1)'}, {'token': 'short'}, {'token': 'has a space in it'}, {'url': 'https://a.example\\@b.example'}])
+def test_a_server_that_can_not_be_is_refused_and_what_was_typed_comes_back(workshop, wrong):
+    typed = {'name': 'fine', 'url': 'https://a.example', 'token': 'canary-long-enough'} | wrong
+    answer = workshop.person().post('/connections', **typed)
+    assert answer.status_code == 422 and 'canary-long' not in answer.text and 'role="alert"' in answer.text
+    assert named(answer.text, 'url')[0].attrs['value'] == typed['url'] and 'a.example' not in workshop.person().get('/connections').text
+
+def test_servers_are_sent_only_where_they_are_switched_on(workshop):
+    me, upstream = workshop.person(), workshop.upstream
+    chat = me.ask(first := upstream.says('Well.'), model='claude-sonnet-5-5', **{'mcp-1': 'on'})
+    chat.ended()
+    (call,) = upstream.called(first)
+    assert call.headers['anthropic-beta'] == 'mcp-client-2026-09-15' and 'betas' not in call.body
+    assert call.body['mcp_servers'] == [{'type': 'url', 'name': 'notes', 'url': 'https://mcp.example/notes?key=canary-key',
+                                         'authorization_token': TOKEN}]
+    assert call.body['tools'] == [{'type': 'mcp_toolset', 'mcp_server_name': 'notes'}]
+    me.ask(other := upstream.says('Well.')).ended()
+    chat.post('/choices', model='claude-sonnet-5-5')
+    chat.say(later := upstream.says('Well.')).ended()
+    for question in (other, later):
+        (call,) = upstream.called(question)
+        assert 'mcp_servers' not in call.body and 'tools' not in call.body and 'anthropic-beta' not in call.headers
+
+def test_a_tool_call_is_shown_and_goes_back_while_its_server_is_on(workshop):
+    me, upstream = workshop.person(), workshop.upstream
+    gate = Gate()
+    chat = me.ask(question := upstream.plays(raw(MESSAGE, LISTING, CALLED[0], gate, CALLED[1], writes(3, 'Found.'), end())),
+                  model='claude-sonnet-5-5', **{'mcp-1': 'on'})
+    tab = chat.watch()
+    while not any('Using notes · <i>look</i>' in told for told in steps(tab.page)[1]): assert tab.read()
+    gate.open()
+    assert tab.ends().code == 1000 and steps(tab.page) == steps(Page(chat.page()))
+    told, summaries = steps(tab.page)
+    assert summaries == ['Used notes · <i>look</i>'] and '"where": "<b>here"' in told and '<u>found …' in told
+    everything = [chat.page(), me.get(f'/c/{chat.id}.json').text, me.get(f'/c/{chat.id}.md').text, str(chat.messages)]
+    assert not any('canary' in text for text in everything)
+    chat.say(question := upstream.says('Well.')).ended()
+    sent = upstream.called(question)[0].body['messages'][1]['content']
+    assert [each['type'] for each in sent] == ['mcp_tool_listing', 'mcp_tool_use', 'mcp_tool_result', 'text']
+    assert sent[1]['input'] == {'where': '<b>here'}
+    for on in ({}, {'mcp-2': 'on'}):
+        chat.post('/choices', model='claude-sonnet-5-5', **on)
+        chat.say(question := upstream.says('Well.')).ended()
+        assert upstream.called(question)[0].body['messages'][1]['content'] == [{'type': 'text', 'text': 'Found.'}]
+
+def test_a_tool_that_fails_and_an_api_that_quotes_the_token_are_told_without_it(workshop):
+    me, upstream = workshop.person(), workshop.upstream
+    failed = block(2, {'type': 'mcp_tool_result', 'tool_use_id': 'm1', 'is_error': True, 'content': 'no such place'})
+    chat = me.ask(upstream.plays(raw(MESSAGE, CALLED[0], failed, writes(3, 'Well.'), end())), model='claude-sonnet-5-5')
+    assert chat.ended() and 'It failed.' in chat.tab().said and 'no such place' in chat.tab().said
+    told = json.dumps({'type': 'error', 'error': {'type': 'invalid_request_error', 'message': f'MCP server refused {TOKEN}'}})
+    chat = me.ask(upstream.plays(raw(told.encode(), status=400, content_type='application/json')), **{
+        'model': 'claude-sonnet-5-5', 'mcp-1': 'on'})
+    assert chat.ended()['note'] == 'Claude refused the request: MCP server refused …'
+
+def test_a_file_that_comes_in_switches_no_server_on(workshop):
+    told = with_field(choices={'mcp-1': 'on', 'system': 'Hm.'}) | {'id': 'smuggled'}
+    bring(workshop.person(), told)
+    assert rows(workshop.db, "select choices from conversation where id = 'smuggled'") == [['{"system": "Hm."}']]
+
+
 # ---- Claude's faults: all are started together, then looked at one by one -------------------------------------------
 
 BUSY, TRYING, RETRY, ANY = r'(?i)busy|overloaded|reach', r'(?i)trying again in \d', r'(?i)retry', r'\w'
