@@ -4288,8 +4288,10 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 #fields { display: grid; grid-template-columns: minmax(0, 1fr); gap: .625rem; }
 #fields .row { display: flex; align-items: baseline; gap: .75rem; }
 #fields span { flex: 0 0 8rem; color: var(--soft); }
-#fields :is(select, input, textarea) { flex: 1; min-width: 0; padding: .375rem .625rem; color: inherit;
-  background: var(--card); border: 1px solid var(--line); border-radius: var(--round); font: inherit; }
+:is(#fields, .data label) :is(select, input, textarea) { flex: 1; min-width: 0; padding: .375rem .625rem;
+  color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: var(--round); font: inherit; }
+#fields [type=checkbox] { flex: none; } #fields div label { display: flex; align-items: center; gap: .375rem; }
+#fields div[role=group] { flex-wrap: wrap; align-items: center; }
 #fields textarea { resize: vertical; min-height: 4.5rem; max-height: 40dvh; field-sizing: content; }
 #fields button { border: 1px solid var(--edge); white-space: nowrap; } #fields > p { padding-left: 8.75rem; }
 @media (scripting) { .unscripted { display: none; } }
@@ -4311,9 +4313,10 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 
 .data form { display: grid; justify-items: start; gap: .5rem; margin: 1.5rem 0 1rem; }
 .data input { max-width: 100%; }
-.data label { display: grid; gap: .25rem; width: min(26rem, 100%); } .servers { padding: 0; list-style: none; }
-.servers li { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; overflow-wrap: anywhere; }
-.servers form { margin: 0 0 0 auto !important; }
+.data label { display: grid; gap: .25rem; width: min(26rem, 100%); }
+.servers { font: var(--small)/1.6 var(--ui) !important; } .data [role=alert]:empty { display: none; }
+.servers li { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; margin: .5rem 0; }
+.servers form { margin: 0 0 0 auto !important; } .servers .host { overflow-wrap: anywhere; }
 .data .quiet { border: 1px solid var(--edge); color: var(--ink); padding: .25rem .75rem; }
 progress { width: 100%; accent-color: var(--accent); } progress[hidden] { display: none; }
 /* Usage */
@@ -4369,7 +4372,7 @@ mark { color: var(--accent); background: none; font-weight: 600; }
   #sidebar li > .more { width: 2.75rem; height: 2.75rem; }
   #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
     align-content: center; }
-  #fields :is(select, input) { min-height: 2.75rem; font-size: 1rem; } #fields textarea { font-size: 1rem; }
+  :is(#fields, .data label) :is(select, input) { min-height: 2.75rem; font-size: 1rem; } #fields textarea { font-size: 1rem; }
   .field textarea { padding-block: .625rem; } .find kbd { display: none; }
 }
 /* Signing in */
