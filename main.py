@@ -11,7 +11,7 @@
 #
 # Read from the top: a section uses only what stands above it. It opens as a notebook too, and every `Try it` cell runs.
 #
-# It does not: know several people, run several processes on one database, call tools, or phone home.
+# It does not: know several people, run several processes on one database, or phone home.
 
 # %%
 import asyncio
@@ -4372,7 +4372,8 @@ mark { color: var(--accent); background: none; font-weight: 600; }
   #sidebar li > .more { width: 2.75rem; height: 2.75rem; }
   #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
     align-content: center; }
-  :is(#fields, .data label) :is(select, input) { min-height: 2.75rem; font-size: 1rem; } #fields textarea { font-size: 1rem; }
+  :is(#fields, .data label) :is(select, input) { min-height: 2.75rem; font-size: 1rem; }
+  #fields textarea { font-size: 1rem; }
   .field textarea { padding-block: .625rem; } .find kbd { display: none; }
 }
 /* Signing in */
