@@ -67,7 +67,7 @@ from fasthtml.components import (H1, H2, A, Article, B, Body, Button, Caption, C
                                  Main, Mark, Meta, Nav, Noscript, Optgroup, Option, P, Pre, Progress, Rect, Script,
                                  Select, Span, Summary, Svg, Table, Tbody, Td, Template, Textarea, Th, Thead, Time,
                                  Title, Tr, Ul, to_xml)
-from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, fh_cfg
+from fasthtml.core import APIRouter, FastHTML, FtResponse, HtmxResponseHeaders, HttpHeader, fh_cfg
 from fastlite import Database
 from latex2mathml.converter import convert_to_element
 from markdown_it import MarkdownIt
@@ -832,11 +832,11 @@ class Store:
         return now
 
     @writes_durably
-    def restore(self, db, owner, conversation=None, since=None) -> int:
-        "Take a conversation from the trash, or all that were put there together. Returns how many."
-        db.execute('update conversation set trashed = null where owner = ? and (id = ? or trashed = ?) and trashed > ?',
-                   [owner, conversation, since, self.kept_since()])
-        return db.conn.changes()
+    def restore(self, db, owner, conversation=None, since=None) -> list[str]:
+        "Take a conversation from the trash, or all that were put there together. Returns their ids."
+        back = db.q("""update conversation set trashed = null where owner = ? and (id = ? or trashed = ?)
+                       and trashed > ? returning id""", [owner, conversation, since, self.kept_since()])
+        return [row['id'] for row in back]
 
     @reads
     def trashed(self, db, owner, limit=200) -> tuple[list[Conversation], int]:
@@ -3745,17 +3745,21 @@ def day_of(conversation, zone, now):
                                            (30, 'Previous 30 days')) if ago <= days), None)
     return near or time.strftime('%B %Y', time.gmtime(local))
 
-def More(conversation):
-    return A('⋯', href=actions.to(conversation_id=conversation.id), cls='more round', title='Actions',
-             aria_label=f'Actions for {conversation.title}')
+def More(id, title):
+    return A('⋯', href=actions.to(conversation_id=id), cls='more round', title='Actions',
+             aria_label=f'Actions for {title}')
+
+@functools.lru_cache(5_000)  # the same rows again and again: made once, a list costs no more than a line
+def Row(id, title, state, here):
+    words = {'running': ', Claude is answering', 'unread': ', new answer'}.get(state)
+    return NotStr(to_xml(Li(
+        A(Span(title), Unseen(words) if words else None, id=f'c-{id}', href=show.to(conversation_id=id),
+          aria_current='page' if here else None), More(id, title), data_state=state), indent=False))
 
 def ListItem(conversation, current=None):
-    here, state = conversation.id == current, None
-    if conversation.running or conversation.unread and not here: state = 'running' if conversation.running else 'unread'
-    words = {'running': ', Claude is answering', 'unread': ', new answer'}
-    return Li(A(Span(conversation.title), Unseen(words[state]) if state else None, id=f'c-{conversation.id}',
-                href=show.to(conversation_id=conversation.id), aria_current='page' if here else None),
-              More(conversation), data_state=state)
+    here = conversation.id == current
+    state = 'running' if conversation.running else 'unread' if conversation.unread and not here else None
+    return Row(conversation.id, conversation.title, state, here)
 
 def ListItems(found, look, current=None, after=None, limit=50):
     """A page of the list, `found` one more than its `limit` if there are more, under headings by day; a page that goes
@@ -3807,9 +3811,10 @@ def Menu(conversation, most):
             A('Download as Markdown', href=as_markdown.to(**of), cls='quiet'),
             Act('Delete', delete.to(**of)))
 
-def Undo(words='', place='/', fields=(), **attrs):
-    "What was done just now, and the way back. It stands until the next thing is done."
-    return Div(Span(words), Act('Undo', place, **dict(fields)) if words else None, id='undo', role='status', **attrs)
+def Undo(since='', **attrs):
+    "What was moved to the trash just now, and the way back. It stands until the next thing is done."
+    undo = since and ('Moved to the trash.', Act('Undo', undelete.to(), since=since))
+    return Div(*undo, id='undo', role='status', **attrs)
 
 def TrashPage(found, count, days):
     def Left(conversation):
@@ -3831,7 +3836,7 @@ def Heading(conversation=None, title='Parley', **attrs):
     if not conversation: return Div(H1(title), id='heading', **attrs)
     save = A(Icon('save'), Unseen('Download as Markdown'), cls='round', title='Download as Markdown',
              href=as_markdown.to(conversation_id=conversation.id), data_action='Download as Markdown')
-    return Div(H1(conversation.title), save, More(conversation), id='heading',
+    return Div(H1(conversation.title), save, More(conversation.id, conversation.title), id='heading',
                data_unread=conversation.unread or None, **attrs)
 
 def Bar(title, look, conversation=None, demo=False):
@@ -3888,7 +3893,7 @@ def Dialogs():
                    Dl(*[Div(Dt(Kbd(key)), Dd(what)) for key, what in KEYS]),
                    id='keys', closedby='any', aria_labelledby='keys-title'))
 
-def Page(title, conversations, *content, look, conversation=None, running=False, demo=False, setup=None, undo=(),
+def Page(title, conversations, *content, look, conversation=None, running=False, demo=False, setup=None, undo='',
          **composer):
     "A whole page. Without JavaScript it loads itself again while a reply runs. `look`: see `look_of`."
     config = {'includeIndicatorStyles': False, 'allowEval': False, 'allowScriptTags': False, 'historyCacheSize': 0,
@@ -3909,7 +3914,7 @@ def Page(title, conversations, *content, look, conversation=None, running=False,
     return Html(head, Body(
         A('To the message box', href='#message', cls='skip unseen'), Bar(title, look, conversation, demo),
         Sidebar(conversations, look, conversation and conversation.id),
-        Main(Div(*content, id='messages'), Undo(*undo), Composer(setup=setup, **composer),
+        Main(Div(*content, id='messages'), Undo(undo), Composer(setup=setup, **composer),
              Panel(setup) if setup else None),
         *Dialogs(), Div(id='menu', popover=True, role='dialog', aria_label='Actions'),
         P(id='said', role='status', cls='unseen')),
@@ -4120,7 +4125,7 @@ li[data-state=unread] > a[id]::before { background: var(--accent); }
   text-align: left; font-size: var(--small); color: var(--ink); }
 #menu :is(button, a):hover { background: var(--card); }
 #undo { display: flex; align-items: center; gap: .75rem; margin: 0 .75rem .5rem; color: var(--soft); }
-#undo:empty, #undo:not(:has(form)) { display: none; } #undo button, .listing .quiet { border: 1px solid var(--edge);
+#undo:empty { display: none; } #undo button, .listing .quiet { border: 1px solid var(--edge);
   color: var(--ink); padding: .25rem .75rem; }
 .listing ul:not(#conversations) { margin: 1rem 0; padding: 0; list-style: none; }
 .listing li { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; padding: .375rem 0;
@@ -4484,7 +4489,7 @@ function wake() {
   }
   if (performance.now() - listHeard > 2000) follow();
 }
-on('visibilitychange', () => { if (!document.hidden) { news(false); wake(); seen(); } });
+on('visibilitychange', () => { if (!document.hidden) { news(false); wake(); relist(); seen(); } });
 addEventListener('online', wake);
 addEventListener('pageshow', e => { if (e.persisted) location.reload(); });
 
@@ -4645,17 +4650,9 @@ function renew(fresh) {
   wanted.forEach((li, n) => { if (list.children[n] !== li) list.insertBefore(li, list.children[n] || null); });
   htmx.process(list);
   const title = $('[aria-current] > span', list)?.textContent, heading = $('#heading h1');
-  if (title && heading && heading.textContent !== title) {
-    heading.textContent = title;
-    document.title = (document.title.startsWith('● ') ? '● ' : '') + title;
-  }
+  if (title && heading) document.title = document.title.replace(heading.textContent, () => heading.textContent = title);
   if (focused && document.activeElement.id !== focused) document.getElementById(focused)?.focus();
 }
-on('htmx:afterRequest', e => { // where there is no socket
-  if (e.detail.requestConfig.verb === 'get' || listSocket.readyState === WebSocket.OPEN) return;
-  list.dataset.edition = '';
-  relist();
-});
 function seen() {
   const { dataset } = $('#heading');
   if (document.hidden || !('unread' in dataset) || $('.message[data-status=streaming]')) return;
@@ -4678,9 +4675,10 @@ function rename(id) {
   const form = $('form.rename', menu), field = $('input', form);
   const title = menu.place === 'heading' ? $('#heading h1') : document.getElementById('c-' + id);
   if (!title) return;
-  const before = field.value, back = () => {
-    if (form.left) return; // leaving the page makes it lose the focus, which would be another call
+  const before = field.value, back = words => {
+    if (form.left) return; // to leave the page takes its focus, which would be another call
     form.left = true;
+    ($('span', title) || title).textContent = words;
     form.replaceWith(title);
     relist();
   };
@@ -4689,16 +4687,11 @@ function rename(id) {
   form.addEventListener('keydown', e => {
     if (e.key !== 'Escape') return;
     e.stopPropagation();
-    field.value = before;
-    back();
+    back(before);
     title.focus();
   });
-  form.addEventListener('focusout', e => { if (!form.contains(e.relatedTarget) && field.value === before) back(); });
-  form.addEventListener('htmx:afterRequest', e => {
-    if (!e.detail.successful) return;
-    $('span', title) ? $('span', title).textContent = field.value : title.textContent = field.value;
-    back();
-  });
+  form.addEventListener('focusout', e => form.contains(e.relatedTarget) || field.value !== before || back(before));
+  form.addEventListener('htmx:afterRequest', e => e.detail.successful && back(field.value));
 }
 on('htmx:oobAfterSwap', e => {
   if (e.detail.target.id !== 'undo' || !$('#undo button')) return;
@@ -5289,8 +5282,9 @@ def zone_of(conn):
     return int(said[0]) if said else 0
 
 def edition(conn):
-    "What the list shows is as it was as long as this is; the day is a part of it."
-    return f'{parley(conn).turns.lists[owner(conn) or OWNER].edition}.{int(time.time() + 60 * zone_of(conn)) // DAY}'
+    "What the list shows is as it was as long as this is; the day of the reader is a part of it."
+    zone = zone_of(conn)
+    return f'{parley(conn).turns.lists[owner(conn) or OWNER].edition}.{zone}.{int(time.time() + 60 * zone) // DAY}'
 
 async def page(req, title='Parley', *content, status=200, conversation=None, **more):
     store, look, demo = parley(req).store, look_of(req), parley(req).settings.demo  # the edition never younger than
@@ -5299,11 +5293,11 @@ async def page(req, title='Parley', *content, status=200, conversation=None, **m
     return FtResponse(Page(title, conversations, *content, look=look, demo=demo, conversation=conversation,
                            **{'typed': typed} | more), status)
 
-async def sent(req, question, reply, *more):
+async def sent(req, question, reply):
     "Answer a send: the two bubbles as a fragment, or the way to the conversation."
     place = show.to(conversation_id=reply.conversation)
     if not by_htmx(req): return RedirectResponse(place, 303)
-    return (await bubble(req, question), await bubble(req, reply), *following(reply), *more)
+    return (await bubble(req, question), await bubble(req, reply), *following(reply))
 
 def following(message): return Key(hx_swap_oob='true'), After(message.id, hx_swap_oob='true')
 
@@ -5326,15 +5320,8 @@ async def setup_of(req, conversation=None, choices=None, said='') -> Setup:
 
 @rt.get('/')
 async def home(req):
-    setup, undo = await setup_of(req), ()
-    if gone := req.query_params.get('deleted'):  # a conversation, or all at that time
-        found = [c for c in (await parley(req).store.trashed(owner(req)))[0] if gone in (c.id, repr(c.trashed))]
-        if found: undo = undoing(found[0].id if found[0].id == gone else None, found[0].trashed)
-    return await page(req, 'Parley', Empty(setup.model), setup=setup, undo=undo)
-
-def undoing(conversation, since):
-    if conversation: return 'Moved to the trash.', restore.to(conversation_id=conversation)
-    return 'All conversations were moved to the trash.', restore_all.to(), {'since': repr(since)}
+    setup = await setup_of(req)
+    return await page(req, 'Parley', Empty(setup.model), setup=setup, undo=req.query_params.get('deleted', '')[:40])
 
 def told(req, place, *fragments):
     "Answer what changed the list: every page of this person hears of it; a browser without a script goes to `place`."
@@ -5342,8 +5329,7 @@ def told(req, place, *fragments):
     if not by_htmx(req): return RedirectResponse(place, 303)
     return fragments or Response(status_code=204)
 
-def on_page(req, conversation):
-    return urlsplit(req.headers.get('hx-current-url', '')).path == show.to(conversation_id=conversation)
+def standing(req): return urlsplit(req.headers.get('hx-current-url', '')).path  # the page that asks
 
 @rt.get('/list')
 async def listed(req):
@@ -5354,10 +5340,10 @@ async def listed(req):
         if 0 <= float(updated) < 1e11: after = pinned and float(pinned), float(updated), str(id)
     count = asked.get('count', '')
     limit = max(50, min(500, int(count))) if re.fullmatch(r'\d{1,6}', count) else 50
-    now, place = edition(req), urlsplit(req.headers.get('hx-current-url', '')).path
+    now = edition(req)
     found = await parley(req).store.conversations(owner(req), after, limit + 1)
-    items = ListItems(found, look_of(req), place.removeprefix('/c/'), after, limit)
-    if by_htmx(req): return HTMLResponse(''.join(to_xml(item) for item in items if item), headers={'x-edition': now})
+    items = ListItems(found, look_of(req), standing(req).removeprefix('/c/'), after, limit)
+    if by_htmx(req): return *filter(None, items), HttpHeader('x-edition', now)
     return await page(req, 'Conversations', Div(Ul(*items), id='empty', cls='listing'), to='/')
 
 @rt.get('/actions/{conversation_id}')
@@ -5380,41 +5366,44 @@ async def pin(req, conversation_id: str):
 @rt.post('/c/{conversation_id}/rename')
 async def rename(req, conversation_id: str):
     conversation = await parley(req).store.rename(owner(req), conversation_id, (await form_of(req)).get('title', ''))
-    shown = on_page(req, conversation_id)
-    return told(req, show.to(conversation_id=conversation_id),
-                *[Title(conversation.title), Heading(conversation, hx_swap_oob='true')] * shown)
+    place = show.to(conversation_id=conversation_id)
+    return told(req, place, *[Title(conversation.title), Heading(conversation, hx_swap_oob='true')]
+                * (standing(req) == place))
 
 @rt.post('/c/{conversation_id}/delete')
-async def delete(req, conversation_id: str):
-    since = await parley(req).turns.trash(owner(req), conversation_id)
-    place = f'/?{urlencode({"deleted": conversation_id})}'
-    if on_page(req, conversation_id): return told(req, place, HtmxResponseHeaders(redirect=place))
-    return told(req, place, Undo(*undoing(conversation_id, since), hx_swap_oob='true'))
+async def delete(req, conversation_id: str): return await deleted(req, conversation_id)
+
+@rt.post('/trash/all')
+async def delete_all(req): return await deleted(req)
+
+async def deleted(req, conversation=None):
+    since = repr(await parley(req).turns.trash(owner(req), conversation))
+    place, gone = f'/?{urlencode({"deleted": since})}', show.to(conversation_id=conversation)
+    if not conversation or standing(req) == gone: return told(req, place, HtmxResponseHeaders(redirect=place))
+    return told(req, place, Undo(since, hx_swap_oob='true'))
 
 @rt.post('/c/{conversation_id}/restore')
-async def restore(req, conversation_id: str):
-    if not await parley(req).store.restore(owner(req), conversation_id):
-        await parley(req).store.path(owner(req), conversation_id, ENDLESS)  # it is back already, or a 404
-    place, on = show.to(conversation_id=conversation_id), urlsplit(req.headers.get('hx-current-url', '')).path
-    if on in ('/', '/trash'): return told(req, place, HtmxResponseHeaders(redirect=place if on == '/' else on))
+async def restore(req, conversation_id: str): return await restored(req, conversation_id)
+
+@rt.post('/trash/restore')
+async def undelete(req): return await restored(req)
+
+async def restored(req, conversation=None):
+    "Back from the trash to the list; from the first page one goes on to what is back."
+    back = await parley(req).store.restore(owner(req), conversation, None if conversation else await since_of(req))
+    if conversation and not back: await parley(req).store.path(owner(req), conversation, ENDLESS)  # else a 404
+    place, here = show.to(conversation_id=back[0]) if len(back) == 1 else '/', standing(req)
+    if here in ('/', '/trash'): return told(req, place, HtmxResponseHeaders(redirect=place if here == '/' else here))
     return told(req, place, Undo(hx_swap_oob='true'))
+
+async def since_of(req):
+    try: return float((await form_of(req)).get('since', ''))
+    except ValueError: raise Refused(422, 'This is no time.') from None
 
 @rt.get('/trash')
 async def trash(req):
     days = parley(req).settings.trash_days
     return await page(req, 'Trash', TrashPage(*await parley(req).store.trashed(owner(req)), days), to='/')
-
-@rt.post('/trash/all')
-async def delete_all(req):
-    place = f'/?{urlencode({"deleted": repr(await parley(req).turns.trash(owner(req)))})}'
-    return told(req, place, HtmxResponseHeaders(redirect=place))
-
-@rt.post('/trash/restore')
-async def restore_all(req):
-    try: since = float((await form_of(req)).get('since', ''))
-    except ValueError: raise Refused(422, 'This is no time.') from None
-    await parley(req).store.restore(owner(req), since=since)
-    return told(req, '/', HtmxResponseHeaders(redirect='/'))
 
 @rt.post('/trash/empty')
 async def empty_trash(req): return await given_up(req)
@@ -5433,13 +5422,15 @@ async def begin(req):
     choices = choices_in(req, form) if 'model' in form else None
     question, reply = await here.turns.ask(owner(req), None, form.get('message', ''), form.get('key') or None, choices,
                                            after=form.get('after'), files=await files_of(req))
+    answer = await sent(req, question, reply)  # at once: the bubble is there before its words
+    if not by_htmx(req): return answer
     conversation, _ = await parley(req).store.path(owner(req), reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
-    return await sent(req, question, reply, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
-                Heading(conversation, hx_swap_oob='true'),
-                Fields(setup := await setup_of(req, conversation.id, conversation.choices), hx_swap_oob='true'),
-                Opener(setup, hx_swap_oob='true'),
-                HtmxResponseHeaders(push_url=place))
+    return (*answer, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
+            Heading(conversation, hx_swap_oob='true'),
+            Fields(setup := await setup_of(req, conversation.id, conversation.choices), hx_swap_oob='true'),
+            Opener(setup, hx_swap_oob='true'),
+            HtmxResponseHeaders(push_url=place))
 
 @rt.get('/search')
 async def search(req):

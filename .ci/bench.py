@@ -336,7 +336,7 @@ BARS = {  # figure: (limit, what must stay below it)
     'first visit: KB': (45, 'app'), 'second visit: KB': (10, 'app'),
     'typeset 2,000 tokens: main thread, ms': (1200, 'app'),
     'typeset 2,000 tokens: longest task over 50 ms': (50, 'app'),
-    'open 2,000 messages: browser, ms': (1000, 'app')}
+    'open 2,000 messages: browser, ms': (1000, 'app'), 'first page: 10,000 to 10, ratio': (1.25, 'app')}
 
 def row(name, yardstick=True, limit=120):
     "Register a row. `yardstick=False`: the app only. `limit`: seconds until a run is given up."
@@ -461,6 +461,32 @@ async def open_long(_, bench):
         return {'open 2,000 messages: server, the first time, ms': cold,
                 'open 2,000 messages: server, ms': statistics.median(warm),
                 'open 2,000 messages: browser, ms': await browser_wait(server, bench, path)}
+
+def fill_list(db, first, last):
+    "Copies of the one conversation in `db`, a quarter of an hour apart."
+    with closing(sqlite3.connect(db)) as con, con:
+        con.create_function('spaced', 1, lambda text: text, deterministic=True)
+        con.row_factory = sqlite3.Row
+        like = dict(con.execute('select * from conversation').fetchone())
+        for n in range(first, last):
+            new = like | {'id': f'copy-{n}', 'title': f'Conversation {n}', 'updated': like['updated'] - 900*n}
+            names, marks = ','.join(new), ','.join('?'*len(new))
+            con.execute(f'insert into conversation ({names}) values ({marks})', [*new.values()])
+
+@row('list', yardstick=False)
+async def open_list(_, bench):
+    async def wait():
+        began = time.perf_counter()
+        page = await server.visitor.get('/')
+        if page.text.count('id="c-') != min(50, count): raise Missing('the list is not on the page')
+        return (time.perf_counter() - began)*1000
+    waits, before, server = {}, 1, bench.server('app')
+    async with running(server): await server.watch((await server.ask(bench.question(0, 5)))[1])
+    for count in (10, 50, 10_000):
+        await asyncio.to_thread(fill_list, server.db, before, count)
+        async with running(server): waits[count], before = statistics.median([await wait() for _ in range(40)]), count
+    return labelled('first page', {f'{n:,} conversations, ms': waits[n] for n in waits} | {
+        '10,000 to 50, ratio': waits[10_000]/waits[50], '10,000 to 10, ratio': waits[10_000]/waits[10]})
 
 @row('start')
 async def start(server, bench):
