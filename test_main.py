@@ -5024,7 +5024,7 @@ def test_a_conversation_is_renamed_in_place_pinned_deleted_and_back_and_a_second
     view.page.locator('#heading .more').click()
     view.page.locator('#menu').get_by_role('button', name='Delete').click()
     view.page.wait_for_url('**/?deleted=*')
-    assert view.eventually(lambda: titles(other) == titles(view) == [first])
+    assert view.eventually(lambda: titles(other) == titles(view) == [first]), (titles(other), titles(view), view.console)
     view.button('Undo').click()
     view.page.wait_for_url(there)
     assert view.text(1) == 'two' and view.eventually(lambda: len(titles(other)) == 2) and not view.console + other.console
