@@ -4996,7 +4996,8 @@ def test_a_conversation_is_renamed_in_place_pinned_deleted_and_back_and_a_second
     view.send(first := upstream.says('one')).ends()
     view.page.goto(view.url)
     view.send(second := upstream.says('two')).ends()
-    other = View(view.profile, view.url)
+    other = View(profile(), view.url)
+    view.page.bring_to_front()
     def titles(v): return [plain(t) for t in v.page.locator('#conversations a[id] > span:first-child').all_inner_texts()]
     def menu(n, item):
         view.page.locator('#conversations .more').nth(n).click()
