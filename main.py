@@ -2285,9 +2285,9 @@ def demo_tool(server):
 
 def demo_answer(asked: str, server='demo') -> tuple[list[dict], str, float]:
     "What the demo model says to `asked`: blocks, why it stops, and the seconds between two words."
-    text, pause, said = f'{DEMO_ANSWER}You said: “{" ".join(asked.split())[:200]}”', 0.02, asked.lower()
+    text, said = f'{DEMO_ANSWER}You said: “{" ".join(asked.split())[:200]}”', asked.lower()
+    pause = 0.25 if 'slow' in said else 0.02
     if asked.endswith(TITLING): text, pause = 'Demo: ' + ' '.join(asked.split('</')[0].split()[1:6]), 0
-    elif 'slow' in said: pause = 0.25
     elif 'long' in said:
         part, pause = 'It goes on and on, as you asked, until it ends or you stop it. ' * 8, 0.008
         text = ''.join(f'## Part {n}\n\n{part}\n\n' for n in range(1, 26))

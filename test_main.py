@@ -5354,6 +5354,33 @@ def test_the_settings_of_a_conversation_by_keyboard_and_on_a_phone(profile, lab,
     assert not view.console
 
 @browser_test
+def test_a_server_is_connected_switched_on_and_its_call_is_seen(profile, workshop):
+    site = workshop
+    view = View(profile(viewport={'width': 390, 'height': 800}, has_touch=True, is_mobile=True), site.url + '/connections')
+    page = view.page
+    for label, words in (('Name', 'zebra'), ('Address', 'https://zebra.example/x?key=canary'), ('Token', TOKEN)):
+        page.get_by_label(label).last.fill(words)
+    view.button('^Connect$').tap()
+    page.locator('.servers li', has_text='zebra').get_by_text('a token is kept').wait_for()
+    sizes = page.eval_on_selector_all('#empty :is(input, button)', 'all => all.map(e => e.offsetHeight)')
+    assert min(sizes) >= 44 and page.evaluate('document.documentElement.scrollWidth <= innerWidth'), sizes
+    page.goto(site.url)
+    page.locator('#opener button').tap()
+    page.get_by_label('notes').check()
+    page.keyboard.press('Escape')
+    view.send(site.upstream.plays(raw(MESSAGE, LISTING, CALLED[0], gate := Gate(), CALLED[1], writes(3, 'So.'), end())))
+    fold = page.locator('#steps-1 details')
+    fold.locator('summary', has_text='Using notes · <i>look</i>').tap()
+    gate.open()
+    fold.get_by_text('<u>found …').wait_for()
+    assert 'Used notes' in fold.inner_text() and view.ends() == 'So.'
+    shown = page.locator('#steps-1').inner_text()
+    page.reload()
+    page.locator('#steps-1 summary').tap()
+    assert page.locator('#steps-1').inner_text() == shown and page.locator('[name=mcp-1]').is_checked()
+    assert 'canary' not in page.content() and not view.console
+
+@browser_test
 def test_on_a_phone_the_sidebar_is_an_overlay_without_javascript_too(profile, site):
     view = View(profile(java_script_enabled=False, viewport={'width': 390, 'height': 800}), site.url)
     assert not view.page.locator('#sidebar').is_visible()
