@@ -3785,13 +3785,13 @@ def Sidebar(conversations, look, current=None):
                A(Icon('find'), 'Find', Kbd('Ctrl K'), href=search.to(), cls='find', data_opens='palette'),
                Ul(*ListItems(conversations, look, current), id='conversations', data_edition=look['edition']),
                P('Nothing here yet. What you ask is listed here, newest first.', cls='none'),
-               A('Trash', href=trash.to(), cls='quiet', data_action='Trash'),
-               A('Usage', href=usage.to(), cls='quiet', data_action='Usage'),
                LookForm(look, Div(*themes, role='group', aria_label='Theme', cls='themes')),
-               A('Connections', href=connections.to(), cls='quiet', data_action='Connections: MCP servers'),
-               A('Your data', href=your_data.to(), cls='quiet', data_action='Your data: export, import, backup'),
-               Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys',
-                      data_action='Show the keys'), SignOut() if look['locked'] else None,
+               Div(A('Trash', href=trash.to(), cls='quiet', data_action='Trash'),
+                   A('Usage', href=usage.to(), cls='quiet', data_action='Usage'),
+                   A('Your data', href=your_data.to(), cls='quiet', data_action='Your data: export, import, backup'),
+                   A('Connections', href=connections.to(), cls='quiet', data_action='Connections: MCP servers'),
+                   Button('Keys', Kbd('?'), type='button', cls='quiet scripted', data_opens='keys',
+                          data_action='Show the keys'), cls='ways'), SignOut() if look['locked'] else None,
                id='sidebar', popover=True, aria_label='Conversations')
 
 def Act(words, place, cls='quiet', **fields):
@@ -4124,7 +4124,9 @@ li[data-state=unread] > a[id]::before { background: var(--accent); }
 #menu form { margin: 0; } #menu :is(button, a) { display: block; width: 100%; padding: .375rem .625rem;
   text-align: left; font-size: var(--small); color: var(--ink); }
 #menu :is(button, a):hover { background: var(--card); }
-#undo { display: flex; align-items: center; gap: .75rem; margin: 0 .75rem .5rem; color: var(--soft); }
+#undo { position: fixed; z-index: 3; top: calc(var(--top) + .25rem); left: 50%; translate: -50%; display: flex;
+  align-items: center; gap: .75rem; padding: .25rem .25rem .25rem 1rem; white-space: nowrap; background: var(--page);
+  border: 1px solid var(--edge); border-radius: .75rem; }
 #undo:empty { display: none; } #undo button, .listing .quiet { border: 1px solid var(--edge);
   color: var(--ink); padding: .25rem .75rem; }
 .listing ul:not(#conversations) { margin: 1rem 0; padding: 0; list-style: none; }
@@ -4138,8 +4140,8 @@ li[data-state=unread] > a[id]::before { background: var(--accent); }
 .themes { display: flex; gap: .125rem; margin: 0 -.75rem; padding: .5rem .75rem 0; border-top: 1px solid var(--line); }
 .themes button { flex: 1; min-height: 1.75rem; }
 .themes [aria-pressed=true] { background: var(--card); color: var(--ink); }
-#sidebar > .quiet { text-align: left; padding: .25rem .625rem; color: var(--soft); }
-#sidebar > .quiet kbd { margin-left: .5rem; }
+.ways { display: flex; flex-wrap: wrap; } #sidebar .ways > * { min-height: 1.75rem; padding: .125rem .625rem;
+  color: var(--soft); } .ways kbd { margin-left: .5rem; }
 @media (min-width: 48.01rem) { [data-sidebar=closed] #sidebar { display: none; } }
 
 /* Messages */
@@ -4374,7 +4376,7 @@ mark { color: var(--accent); background: none; font-weight: 600; }
 @media (pointer: coarse) {
   :root { --top: 3.5rem; }
   .round { width: 2.75rem; height: 2.75rem; }
-  #sidebar li > .more { width: 2.75rem; height: 2.75rem; }
+  #sidebar li > .more, #sidebar .ways > * { min-width: 2.75rem; min-height: 2.75rem; }
   #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
     align-content: center; }
   :is(#fields, .data label) :is(select, input) { min-height: 2.75rem; font-size: 1rem; }
