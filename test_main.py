@@ -3950,6 +3950,19 @@ def test_without_a_key_the_demo_model_answers_and_says_so(new_site):
     assert (tab.code, tab.status) == (1000, 'done') and tab.text and tab.frames > 2
 
 
+REAL = os.environ.get('ANTHROPIC_API_KEY', '') if os.environ.get('REAL_API') else ''
+
+@pytest.mark.skipif(not REAL, reason='asks the real API, for money: only with REAL_API=1 and ANTHROPIC_API_KEY')
+def test_the_real_api_lists_its_models_and_answers(new_site):
+    real = new_site(demo=True, api_key=REAL, max_tokens=2_000)
+    me = real.person()
+    assert eventually(lambda: '<optgroup' in me.get('/').text)
+    chat = me.ask('Answer with the one word: parley')
+    reply = chat.watch().ends() and chat.reply
+    assert reply['status'] == 'done' and 'parley' in reply['content'].lower()
+    assert chat.say('And again, please').ended()['status'] == 'done'       # what was thought before is taken back
+
+
 # ---- The whole process ----------------------------------------------------------------------------------------------
 
 FORK = multiprocessing.get_context('forkserver')        # the libraries are imported once, every server starts at once
