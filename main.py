@@ -28,6 +28,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -287,7 +288,7 @@ class Message:
     created: float
     ended: float | None
     blocks: list = field(default_factory=list)
-    meta: dict = field(default_factory=dict)  # of a reply: usage, timings, request id
+    meta: dict = field(default_factory=dict)  # of a reply: usage, timings, request id; `summary` of a summary (history)
     siblings: list = field(default_factory=list)  # on a path: the ids of all that stand at its place, oldest first
 
 @dataclass
@@ -541,6 +542,10 @@ JSON_COLUMNS = ('choices', 'blocks', 'meta', 'siblings')
 # what a call is counted in, as the API says it and as it is booked
 TOKENS = {'input_tokens': 'input', 'output_tokens': 'output', 'cache_read_input_tokens': 'cache_read',
           'cache_creation_input_tokens': 'cache_write', 'searches': 'searches'}
+
+def number(meta: dict, name: str) -> float:
+    "A number of a message's `meta`, which may have come by an import: 0 for anything else."
+    return meta[name] if type(meta.get(name)) in (int, float) and 0 <= meta[name] < 1e12 else 0
 
 def as_row(row: dict, kind):
     "A row as an object of its class: columns that hold JSON become what they stand for."
@@ -1086,7 +1091,7 @@ class Store:
 
     @writes_durably
     def ask(self, db, owner, conversation, text, key, model, choices=None, after=None, instead=None,
-            files=()) -> tuple[Message, Message, bool]:
+            files=(), summary=False) -> tuple[Message, Message, bool]:
         """Save a question and its empty reply: in a new conversation with `choices` if `conversation` is None; at the
         end of the path, where the page that sends it saw the message `after` (None: it does not say); or as a sibling
         of the question `instead`, whose files it keeps beside its own.
@@ -1106,7 +1111,8 @@ class Store:
             old = self._message(db, owner, conversation, instead, 'user')
             leaf = old.parent and self._row(db, old.parent)
             blocks = old.blocks + blocks  # what was attached stays attached
-        question = self._add(db, owner, conversation, leaf, 'user', text, 'done', key=key, blocks=blocks)
+        question = self._add(db, owner, conversation, leaf, 'user', text, 'done', key=key, blocks=blocks,
+                             meta={'summary': 1} if summary else {})
         reply = self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
         return question, reply, True
 
@@ -1121,6 +1127,14 @@ class Store:
         question = leaf if leaf.role == 'user' else self._row(db, leaf.parent)
         reply = self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model, key=key)
         return question, reply, True
+
+    @writes
+    def summary(self, db, owner, conversation, message, counts: int) -> Message:
+        "Let a summary stand for what came before it, or no more. Raises `Refused` 404."
+        reply = self._message(db, owner, conversation, message, 'assistant')
+        db.execute("update message set meta = json_set(meta, '$.summary', ?) where meta ->> 'summary' is not null and "
+                   '(id = ? or conversation = ? and parent = ?)', [counts, reply.parent, conversation, reply.parent])
+        return reply
 
     @writes
     def switch(self, db, owner, conversation, message) -> int:
@@ -1240,10 +1254,11 @@ class Store:
         return leaf
 
     def _add(self, db, owner, conversation, parent, role, content, status, **more):
-        now = time.time()
+        now, meta = time.time(), parent and role == 'assistant' and 'summary' in parent.meta and parent.meta
         row = dict(conversation=conversation, owner=owner, parent=parent and parent.id, role=role, content=content,
                    idx=parent.idx + 1 if parent else 0, status=status, note='', created=now,
-                   ended=None if status == RUNNING else now, **{'model': '', 'key': None, 'blocks': []} | more)
+                   ended=None if status == RUNNING else now,
+                   **{'model': '', 'key': None, 'blocks': [], 'meta': meta or {}} | more)
         id = self._insert(db, 'message', **row)
         db.execute('update conversation set leaf = ?, updated = ?, seen = ? where id = ?', [id, now, now, conversation])
         return Message(id=id, **row)
@@ -1753,11 +1768,36 @@ WEB = {'web_search': {}, 'web_fetch': {'citations': {'enabled': True}, 'max_cont
 
 MCP = ['mcp-client-2026-09-15']  # https://platform.claude.com/docs/en/agents-and-tools/mcp-connector
 
+SUMMARISING = ('Summarise our conversation so far, so that we can go on from your summary alone: what I want, what was '
+               'found out and decided, what is still open, and word for word whatever must stay exact, such as names, '
+               'figures and code. Write in the language that we speak.')
+
+def compacted(path: list[Message]) -> list[Message]:
+    """What of a path Claude reads: it begins with the newest summary, asked for and answered, which stands for all that
+    came before as any question and answer would, so that neither the system prompt nor the order of roles is touched.
+    One that was undone, or never became whole, is passed over."""
+    kept, rest = [], iter(path)
+    for m in rest:
+        reply = next(rest, None) if m.role == 'user' and 'summary' in m.meta else m
+        if reply is m: kept.append(m)
+        elif reply is None or reply.status == RUNNING: kept.append(m)  # it is being asked for
+        elif m.meta['summary'] and reply.status == 'done' and reply.content.strip(): kept = [m, reply]
+    return kept
+
+def fitting(path: list[Message], room: int) -> list[Message]:
+    "Of a path that is to be summarised what the model can read, by what the last reply weighed: the end of it."
+    weight = next(filter(None, (number(m.meta, 'weight') for m in reversed(path))), 0)
+    most = .85 * room / weight * sum(len(m.content) for m in path) if room and weight else math.inf
+    while len(path) > 3 and sum(len(m.content) for m in path) > most: path = path[2:]
+    return path
+
 def prefix_of(request: dict) -> str:
     """A mark of what stands before the first message. Newer models take their thinking back only if nothing before it
     has changed, else they refuse the whole request: https://platform.claude.com/docs/en/build-with-claude/preserved-thinking"""
+    first = (request.get('messages') or [{}, {}])[:2]
+    first = first if first[0].get('content') == SUMMARISING else []  # a summary, and all before it is gone
     servers = [server | {'authorization_token': ''} for server in request.get('mcp_servers', ())]
-    before = json.dumps([request.get('system'), request.get('tools'), servers or None], sort_keys=True)
+    before = json.dumps([request.get('system'), request.get('tools'), servers or None] + first, sort_keys=True)
     return hashlib.sha256(before.encode()).hexdigest()[:16]
 
 ROOM = 22_000_000  # bytes of files in one request: as base64 they leave a little of the 32 MB that it may have
@@ -1804,7 +1844,7 @@ def history(path: list[Message], prefix='', model=Model(''), sent: Mapping[str, 
         name = block.get('server_name') or block.get('mcp_server_name')
         return name in servers or block['type'] not in ('mcp_tool_use', 'mcp_tool_listing')
     def content(m):
-        if m.status != 'done': return m.content
+        if m.status != 'done' or 'summary' in m.meta: return m.content  # what was thought for a summary was about more
         if m.role == 'user' and m.blocks:
             blocks = [as_sent(b, sent, model, before) if b['type'] == 'file' else b for b in m.blocks]
             return blocks + [{'type': 'text', 'text': m.content}] * bool(m.content.strip())
@@ -2031,13 +2071,13 @@ class Claude:
         can do it; of `servers` those that are switched on. What nobody chose is left out, so that the model's own
         default holds, which its makers tuned; only a model that decides by itself how much it thinks (`adaptive`) is
         always asked to, else its thinking is hidden."""
-        choices = self.valid(choices, choices)
+        choices, path = self.valid(choices, choices), compacted(path)
         model, think, effort = self.model_of(choices), choices.get('thinking'), choices.get('effort')
         most = choices.get('max_tokens', self.longest(model))
         request = {'model': model.id, 'max_tokens': most}
         if 'system' in choices: request['system'] = choices['system']
         if model.known:  # the API finds the place to cache by itself, and says why an earlier one was of no use
-            before = [m.meta['id'] for m in path if m.meta.get('id')]
+            before = [m.meta['id'] for m in path if re.fullmatch(r'msg_\w+', str(m.meta.get('id')))]
             request |= {'cache_control': {'type': 'ephemeral'},
                         'diagnostics': {'previous_message_id': before[-1] if before else None}}
         if think == 'off':
@@ -2055,7 +2095,17 @@ class Claude:
                 {'authorization_token': server.token} if server.token else {}) for server in on],
             'tools': [*request.get('tools', ()), *[{'type': 'mcp_toolset', 'mcp_server_name': server.name}
                                                    for server in on]]}
-        return request | {'messages': history(path, prefix_of(request), model, sent, [server.name for server in on])}
+        first = [{'role': m.role, 'content': m.content} for m in path[:2]]
+        prefix = prefix_of(request | {'messages': first})
+        return request | {'messages': history(path, prefix, model, sent, [server.name for server in on])}
+
+    async def weigh(self, request: dict) -> int | None:
+        "How many tokens a request has, as the API counts them; None when it can't, or not at once."
+        told = {name: request[name] for name in ('model', 'messages', 'system', 'thinking', 'tools') if name in request}
+        with contextlib.suppress(Exception):  # whatever it is, an estimate will do
+            async with asyncio.timeout(2), self.sdk.messages.with_streaming_response.count_tokens(**told) as response:
+                n = json.loads(await anext(response.iter_bytes(1_000)))['input_tokens']
+                return n if type(n) is int else None
 
     def titling(self, path: list[Message]) -> dict:
         "The parameters of the small call that names a conversation: the cheapest model, as little thought as may be."
@@ -2542,10 +2592,23 @@ class Turns:
         "Shielded, so that a client that hangs up between the commit and the start leaves no reply without its task."
         if key and (before := await self.store.sent(owner, conversation, text, key)): return before
         choices, model = await self._chosen(owner, conversation, text, choices)
+        if conversation and not place.get('summary'): await self._fit(owner, conversation, text, choices, model)
         with self._open_for(owner, text, conversation is None):
             question, reply, new = await self.store.ask(owner, conversation, text, key, model, choices, **place)
             if new: self._start(reply)
             return question, reply
+
+    async def _fit(self, owner, conversation, text, choices, model):
+        """Raises `Refused` 413 when this is more than the model can read. By what the last reply weighed that is mostly
+        out of the question; near the edge, or for another model, it is counted."""
+        room = self.claude.models[model].max_input if model in self.claude.models else 0
+        _, (leaf,) = await self.store.path(owner, conversation, last=1)
+        if not room or leaf.model == model and number(leaf.meta, 'weight') + len(text) / 3 < .8 * room: return
+        _, path = await self.store.path(owner, conversation)
+        request = self.claude.request([*path, replace(leaf, role='user', content=text, blocks=[], meta={})], choices)
+        if ((await self.claude.weigh(request)) or 0) <= room: return
+        raise Refused(413, f'This conversation has grown longer than the {room:,} tokens that {model} can read. Go on '
+                           'with a summary, or choose another model. Nothing was sent.', text)
 
     async def retry(self, owner, conversation, at=None, key=None) -> tuple[Message, Message]:
         "A new reply beside the reply `at`, by default beside the last one. Raises `Refused` as `ask` does."
@@ -2634,6 +2697,10 @@ class Turns:
         "The one owner of a reply: hears Claude out, or as far as it goes."
         try:
             conversation, path = await self.store.path(turn.reply.owner, turn.reply.conversation)
+            path, model = compacted(path), self.claude.models.get(turn.reply.model)
+            if 'summary' in turn.reply.meta:
+                fit = fitting(path, model.max_input if model else 0)
+                path, turn.meta['left'] = fit, len(path) - len(fit)
             files = files_on(path)
             sent = await self.store.to_send(turn.reply.owner, files, ROOM) if files else {}
             choices = conversation.choices | {'model': turn.reply.model}
@@ -3235,12 +3302,32 @@ def Unseen(words): return Span(words, cls='unseen')
 def State(message, notice=''):
     "What stands under a message: how it is or how it ended, and what can be done. Swapped as a whole."
     words = f'{ENDS.get(message.status, "")} {message.note}'.strip() if message.status != RUNNING else notice
+    theirs = message.role == 'assistant'
     return Footer(P(words, role='status' if notice else None) if words else None,
                   StopForm(message) if message.status == RUNNING else None,
                   RetryForm(message, data_action='Retry the last answer') if message.status in ENDS else
                   RetryForm(message, 'Answer') if message.role == 'user' else None,  # seen when nothing follows
-                  Account(message) if message.role == 'assistant' and message.status != RUNNING else None,
+                  *[Standing(message), Account(message)] if theirs and message.status != RUNNING else [],
                   id=f'state-{message.idx}', cls='state', data_status=message.status)
+
+def Standing(message):
+    "Of a summary whether it counts; else how full the conversation is, and near the edge the way on. Seen at the end."
+    meta, place = message.meta, dict(conversation_id=message.conversation)
+    if 'summary' in meta:
+        left = f'The first {n:,} messages were too much for it to read. ' if (n := number(meta, 'left')) else ''
+        return message.status == 'done' and BranchForm(
+            count_summary.to(**place), message, Input(type='hidden', name='message', value=message.id),
+            Span(left + ('Claude reads this in place of what stands above.' if meta['summary'] else
+                         'Undone: Claude reads all that stands above.')),
+            Button('Undo' if meta['summary'] else 'Use it again', name='counts', value=0 if meta['summary'] else 1,
+                   cls='quiet'), cls='standing') or None
+    full, way = number(meta, 'full'), summarise.to(**place)
+    if meta.get('stop') == 'model_context_window_exceeded': full = 1
+    if full < .5: return None
+    return Form(Span(f'This conversation fills {min(full, 1):.0%} of what the model can read.'),
+                *[Key(id=None), Button('Go on with a summary', cls='quiet')] if full >= .8 else [], method='post',
+                action=way, hx_post=way, hx_target='#messages', hx_swap='beforeend', hx_disabled_elt='find button',
+                cls='standing last')
 
 REASONS = {'end_turn': 'all was said', 'stop_sequence': 'a stop sequence', 'max_tokens': 'its maximum output',
            'refusal': 'a refusal', 'pause_turn': 'a pause', 'model_context_window_exceeded': 'the end of the context'}
@@ -3254,20 +3341,19 @@ def money(usd): return f'${usd:,.2f}' if usd >= .1 or not usd else f'${usd:.2g}'
 def Account(message):
     "What is known of how a reply came about. All but the times and counts is foreign text, and may be missing."
     meta, used = message.meta, counted(message.meta.get('usage'))
-    def number(name): return meta[name] if type(meta.get(name)) in (int, float) and meta[name] >= 0 else 0
     def words(name, table=MISSES): return table.get(str(meta[name])) or str(meta[name])[:80] if meta.get(name) else ''
     fresh, said, read, written, searches = map(used.get, TOKENS, [0] * len(TOKENS))
-    about, first, whole = 'about ' * bool(meta.get('about')), number('first'), number('seconds')
+    about, first, whole = 'about ' * bool(meta.get('about')), number(meta, 'first'), number(meta, 'seconds')
     rows = {
         'Model': message.model,
         'Tokens in': ', '.join([f'{fresh:,} fresh'] + [f'{read:,} from the cache'] * bool(read)
                                + [f'{written:,} into the cache'] * bool(written)) if used else '',
         'Tokens out': f'{about}{said:,}' if used else '',
-        'Cost': f'{about}{money(number("cost"))}' if 'cost' in meta else 'price unknown' if used else '',
+        'Cost': f'{about}{money(number(meta, "cost"))}' if 'cost' in meta else 'price unknown' if used else '',
         'Searches': f'{searches}, not in the cost' if searches else '',
         'Time': f'{whole:.1f} s, the first of it after {first:.1f} s' if first else f'{whole:.1f} s' if whole else '',
         'Speed': f'{said / (whole - first):.0f} tokens a second' if said and whole - first >= .1 else '',
-        'Tries': number('tries') if number('tries') > 1 else '',
+        'Tries': number(meta, 'tries') if number(meta, 'tries') > 1 else '',
         'Ended by': words('stop', REASONS), 'Cache missed': words('miss'), 'Request': words('request')}
     return Details(Summary('Details', Unseen(' of this answer'), cls='quiet'),
                    Dl(*[Div(Dt(name), Dd(what)) for name, what in rows.items() if what]), cls='account')
@@ -3444,13 +3530,15 @@ def framed(element) -> str: return to_xml(element, indent=False)
 def Bubble(message, shown, notice='', steps=None, **live):
     """A message. `shown` is its content as HTML, `steps` what was done beside; `live` are the attributes that keep it
     going while it is written."""
+    content = Div(NotStr(shown), id=f'content-{message.idx}', cls='content', hx_disable=True)
+    summary = 'summary' in message.meta
     return Article(
         H2('You' if message.role == 'user' else 'Claude', cls='unseen'),
         Steps(message.idx, steps_of(message.blocks) if steps is None else steps) if message.role != 'user' else
         Files([block for block in message.blocks if block['type'] == 'file']),
-        Div(NotStr(shown), id=f'content-{message.idx}', cls='content', hx_disable=True),
-        State(message, notice), Actions(message), id=f'msg-{message.idx}', cls='message', data_role=message.role,
-        data_status=message.status, **live)
+        Details(Summary('Summary of what stands above'), content) if summary else content,
+        State(message, notice), Actions(message), id=f'msg-{message.idx}', cls='message' + ' summary' * summary,
+        data_role='note' if summary and message.role == 'user' else message.role, data_status=message.status, **live)
 
 def streaming_message_bubble(msg_idx, conversation_id, message, shown='', steps=None):
     "The bubble of a reply that is being written: its socket brings the rest."
@@ -4155,7 +4243,7 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .content { overflow-wrap: anywhere; font: var(--body)/1.6 var(--read); }
 .message[data-role=user] .content { width: fit-content; max-width: 100%; padding: .625rem 1rem;
   border-radius: .875rem; background: var(--card); font: var(--small)/1.6 var(--ui); }
-.actions { display: flex; align-items: center; gap: .5rem; min-height: 1.75rem; margin-left: -.5rem;
+.actions { display: flex; flex-wrap: wrap; align-items: center; gap: 0 .5rem; min-height: 1.75rem; margin-left: -.5rem;
   color: var(--soft); font-size: var(--tiny); }
 .actions > :not(.walk), .account { opacity: 0; transition: opacity var(--quick); }
 .message:is(:hover, :focus-within) :is(.actions > :not(.walk), .account), .account[open] { opacity: 1; }
@@ -4178,6 +4266,11 @@ body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) {
 .steps pre { max-height: 40vh; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
 .steps:not(:empty) { margin-bottom: .75rem; }
 [data-status=streaming] .steps details:last-child summary { animation: pulse 1.6s ease-in-out infinite alternate; }
+.standing { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; font-size: var(--tiny); }
+.message:not(:last-of-type) .last, .message[data-role=note] { display: none; }
+.summary { border-block: 1px solid var(--line); padding-block: .5rem; }
+.summary > details > summary { width: fit-content; cursor: pointer; color: var(--soft); border-radius: .25rem; }
+.summary[data-status=streaming] > details > summary { animation: pulse 1.6s ease-in-out infinite alternate; }
 .state:has(> .account:only-child:not([open])) { float: right; } .account { margin-left: auto; }
 .account[open] { flex: 1 0 100%; } .account summary { width: fit-content; margin: 0 -.5rem 0 auto; cursor: pointer; }
 .state .account summary { border: 0; padding: .25rem .5rem; color: var(--soft); }
@@ -4331,7 +4424,8 @@ progress { width: 100%; accent-color: var(--accent); } progress[hidden] { displa
   border-bottom: 1px solid var(--edge); }
 .plot .there { fill: transparent; } .plot g:hover .there { fill: var(--card); }
 .axis { display: flex; justify-content: space-between; color: var(--soft); font: var(--tiny)/1.5 var(--ui); }
-.usage caption { text-align: left; color: var(--soft); } .usage :is(th, td) { white-space: nowrap; }
+.usage caption { text-align: left; color: var(--soft); }
+.usage :is(th, td) { white-space: nowrap; padding-right: .75rem; }
 .usage tbody th { font-weight: 400; border-color: var(--line); }
 
 /* Dialogs */
@@ -4366,7 +4460,7 @@ mark { color: var(--accent); background: none; font-weight: 600; }
   :root { --side: 0rem; }
   body, [data-sidebar=closed] body { grid-template: var(--top) 1fr / minmax(0, 1fr);
     grid-template-areas: 'bar' 'main'; }
-  .narrow { display: grid; } .wide, .under .hint { display: none; }
+  .narrow { display: grid; } .wide, .under .hint, .actions .by { display: none; }
   #sidebar { position: fixed; width: min(20rem, 85vw); } #panel { bottom: 7.5rem; }
   #fields span { flex-basis: 5.5rem; } #fields > p { padding-left: 6.25rem; }
   #sidebar:not(:popover-open) { display: none; }
@@ -5577,6 +5671,18 @@ async def retry(req, conversation_id: str):
     form = await form_of(req)
     asked, reply = await parley(req).turns.retry(owner(req), conversation_id, form.get('at'), form.get('key') or None)
     return await branch(req, conversation_id, asked.idx if form.get('at') == str(asked.id) else reply.idx)
+
+@rt.post('/c/{conversation_id}/summary')
+async def summarise(req, conversation_id: str):
+    key = (await form_of(req)).get('key') or None
+    return await sent(req, *await parley(req).turns.ask(owner(req), conversation_id, SUMMARISING, key, summary=True))
+
+@rt.post('/c/{conversation_id}/summary/use')
+async def count_summary(req, conversation_id: str):
+    form = await form_of(req)
+    reply = await parley(req).store.summary(owner(req), conversation_id, form.get('message'),
+                                            int(form.get('counts') != '0'))
+    return await branch(req, conversation_id, reply.idx)
 
 @rt.post('/draft')
 async def keep_draft(req):

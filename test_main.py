@@ -147,7 +147,7 @@ def words(content): return content if isinstance(content, str) else ''.join(b.ge
 class Upstream(httpx2.AsyncBaseTransport):
     """Claude as the tests need him. `says` and `plays` make a new question with its own answer, or one answer after
     the other for one try after the other; the last one stays. Any other question is answered by its echo."""
-    def __init__(self): self.plans, self.calls, self.models, self.title = {}, [], None, says('A title')
+    def __init__(self): self.plans, self.calls, self.models, self.title, self.tokens = {}, [], None, says('A title'), None
 
     def says(self, *steps, stop='end_turn'): return self.plays(says(*steps, stop=stop))
 
@@ -181,6 +181,9 @@ class Upstream(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request):
         if request.method == 'GET': return self.listed(request)
+        if request.url.path.endswith('/count_tokens'):
+            return httpx2.Response(200, content=self.tokens if isinstance(self.tokens, bytes) else
+                                   json.dumps({'input_tokens': self.tokens}).encode(), request=request)
         call, answer = self.answer(await request.aread(), request.headers)
         try: await wait(answer.before)
         except BaseException:
@@ -1339,6 +1342,75 @@ def test_the_usage_page_and_its_csv_say_what_was_booked(new_site):
     assert sum(float(line[9]) for line in lines[1:]) == 8.75
     me.http.cookies.set('zone', '-840')
     assert me.get('/usage').status_code == 200 and 'style=' not in me.get('/usage').text
+
+def full_by(tokens, *steps): return used({'input_tokens': tokens}, *steps, final={'output_tokens': 0})
+
+def standing(tab): return [plain(n.text) for n in tab.page.root.all(lambda n: 'standing' in n.attrs.get('class', ''))]
+
+def test_a_conversation_that_fills_the_context_says_so_and_goes_on_with_a_summary(lab):
+    upstream, room = lab.upstream, models_of(lab)['claude-old-1'].max_input
+    chat = lab.person().ask(first := upstream.plays(full_by(int(.4 * room), 'One.')), model='claude-old-1')
+    assert standing(chat.watch().ends()) == []
+    chat.say(upstream.plays(full_by(int(.62 * room), 'Two.')))
+    half = 'This conversation fills 62% of what the model can read.'
+    assert standing(chat.watch().ends()) == standing(chat.tab()) == [half]
+    chat.say(second := upstream.plays(full_by(int(.81 * room), 'Three.')))
+    assert 'Go on with a summary' in standing(chat.watch().ends())[0]
+    upstream.plans[main.SUMMARISING] = [says('We spoke of **tea**.')]
+    answer = chat.post('/summary')
+    assert answer.status_code == 200 and chat.ended()['content'] == 'We spoke of **tea**.'
+    assert [q for q in upstream.called(main.SUMMARISING)[-1].questions] == [first, *chat_questions(chat)[1:3],
+                                                                          main.SUMMARISING]
+    tab = chat.tab()
+    assert 'in place of what stands above' in standing(tab)[-1] and first in tab.said and 'Three.' in tab.said
+    assert rows(lab.db, "select count(*) from usage where purpose = 'summary'") == [[1]]
+    chat.say(third := upstream.says('Four.')).ended()
+    sent = [(m['role'], words(m['content'])) for m in body(lab, third)['messages']]
+    assert sent == [('user', main.SUMMARISING), ('assistant', 'We spoke of **tea**.'), ('user', third)]
+    number = rows(lab.db, f"select id from message where content = 'We spoke of **tea**.' and conversation = '{chat.id}'")
+    undo = chat.post('/summary/use', message=number[0][0], counts='0')
+    assert undo.status_code == 200 and 'Undone' in undo.text and 'Four.' in undo.text
+    chat.say(fourth := upstream.says('Five.')).ended()
+    assert body(lab, fourth)['messages'][0]['content'] == first and main.SUMMARISING not in str(body(lab, fourth))
+    assert chat.post('/summary/use', message=number[0][0], counts='1').status_code == 200
+    chat.say(fifth := upstream.says('Six.')).ended()
+    assert [words(m['content']) for m in body(lab, fifth)['messages']] == [
+        main.SUMMARISING, 'We spoke of **tea**.', third, 'Four.', fourth, 'Five.', fifth]
+    assert all(lab.person().post(f'/c/{c}/summary/use', message=m, counts='0').status_code == 404
+               for c, m in ((chat.id, 0), ('unknown', number[0][0])))
+    assert second in chat.page()
+
+def chat_questions(chat): return [m['content'] for m in chat.messages if m['role'] == 'user']
+
+def test_a_summary_that_was_stopped_stands_for_nothing(lab):
+    upstream = lab.upstream
+    chat = lab.person().ask(first := upstream.says('One.'))
+    chat.ended()
+    upstream.plans[main.SUMMARISING] = [says('We spoke', HANG)]
+    chat.html = chat.post('/summary').text
+    tab = chat.watch().until('We spoke')
+    chat.stop(), tab.ends()
+    chat.say(second := upstream.says('Two.')).ended()
+    assert [words(m['content']) for m in body(lab, second)['messages']] == [first, 'One.', second]
+
+def test_what_the_model_can_not_read_is_counted_before_it_is_sent(lab):
+    upstream, room = lab.upstream, models_of(lab)['claude-old-1'].max_input
+    chat = lab.person().ask(upstream.plays(full_by(int(.95 * room), 'One.')), model='claude-old-1')
+    chat.ended()
+    try:
+        for upstream.tokens, status in ((room + 1, 413), (b'<html>', 200), (room, 200)):
+            answer = chat.post(message=(question := upstream.plays(full_by(int(.95 * room), 'Two.'))))
+            chat.ended()
+            assert answer.status_code == status and bool(upstream.called(question)) == (status == 200), answer.text
+            assert status == 200 or 'summary' in answer.text
+    finally: upstream.tokens = None
+
+def test_a_path_too_long_to_be_summarised_is_read_from_where_it_fits():
+    def message(n): return main.Message(n, 'c', 'o', n - 1, n, ('user', 'assistant')[n % 2], 'x' * 100, 'done', '', '',
+                                        None, 0, 0, [], {'weight': 1000 if n == 7 else 'canary'})
+    path = [*map(message, range(8)), main.Message(8, 'c', 'o', 7, 8, 'user', main.SUMMARISING, 'done', '', '', None, 0, 0)]
+    assert [m.id for m in main.fitting(path, 800)] == [4, 5, 6, 7, 8] and main.fitting(path, 0) == path
+    assert main.fitting(path, 5000) == path
 
 @pytest.mark.parametrize('told', [b'<html>', b'[]', b'{"data": 5}', b'[' * 100_000, b'{"data": [' + b' ' * 2_000_000,
                                   b'{"data": [{}], "has_more": true}', httpx2.ReadError('x')], ids=lambda b: ascii(b)[:20])
