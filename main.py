@@ -2592,7 +2592,8 @@ class Turns:
         "Shielded, so that a client that hangs up between the commit and the start leaves no reply without its task."
         if key and (before := await self.store.sent(owner, conversation, text, key)): return before
         choices, model = await self._chosen(owner, conversation, text, choices)
-        if conversation and not place.get('summary'): await self._fit(owner, conversation, text, choices, model)
+        if conversation and not place.get('summary') and place.get('instead') is None:
+            await self._fit(owner, conversation, text, choices, model)
         with self._open_for(owner, text, conversation is None):
             question, reply, new = await self.store.ask(owner, conversation, text, key, model, choices, **place)
             if new: self._start(reply)
