@@ -4843,6 +4843,24 @@ def test_without_javascript_the_app_still_works(profile, site, upstream):
     assert view.ends('stopped', idx=3) == 'endless' and not view.console
 
 @browser_test
+@pytest.mark.parametrize('script', [True, False])
+def test_a_summary_is_a_marker_that_opens_and_can_be_undone(profile, site, upstream, script):
+    view = View(profile(java_script_enabled=script), site.url)
+    view.composer.fill(upstream.says('One.', stop='model_context_window_exceeded'))
+    view.page.locator('form:has(textarea) .send').first.click()
+    view.ends()
+    upstream.plans[main.SUMMARISING] = [says('It was **tea**.')]
+    view.button('Go on with a summary').click()
+    view.ends(idx=3)
+    assert not view.bubble(2).is_visible() and not view.page.locator('#content-3').is_visible()
+    view.bubble(3).get_by_text('Summary of what stands above').click()
+    assert view.page.locator('#content-3 strong').is_visible()
+    for name in ('Undo', 'Use it again', 'Undo'):
+        view.bubble(3).get_by_role('button', name=name).click()
+    assert view.eventually(lambda: view.bubble(3).get_by_role('button', name='Use it again').is_visible())
+    assert not view.console
+
+@browser_test
 def test_a_draft_survives_a_reload_and_a_refusal(profile, new_site, upstream):
     view = View(profile(), new_site(max_message_chars=50).url)
     view.composer.fill('a draft')
