@@ -3322,9 +3322,10 @@ def Standing(message):
                          'Undone: Claude reads all that stands above.')),
             Button('Undo' if meta['summary'] else 'Use it again', name='counts', value=0 if meta['summary'] else 1,
                    cls='quiet'), cls='standing') or None
-    full, way = number(meta, 'full'), summarise.to(**place)
+    full = number(meta, 'full')
     if meta.get('stop') == 'model_context_window_exceeded': full = 1
     if full < .5: return None
+    way = summarise.to(**place)
     return Form(Span(f'This conversation fills {min(full, 1):.0%} of what the model can read.'),
                 *[Key(id=None), Button('Go on with a summary', cls='quiet')] if full >= .8 else [], method='post',
                 action=way, hx_post=way, hx_target='#messages', hx_swap='beforeend', hx_disabled_elt='find button',
