@@ -706,6 +706,15 @@ def restore_database(file: Path, database: Path, replace: bool) -> Path | None:
         return kept
     finally: part.unlink(missing_ok=True)
 
+def unbroken(text: str) -> str:
+    "`text` as it can be kept and sent: half a surrogate pair that stands alone is no letter, it becomes U+FFFD."
+    return text if text.isascii() else text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
+def is_block(block) -> bool:
+    "Whether something has the form of a content block. What else is in it may be anything."
+    return isinstance(block, dict) and isinstance(block.get('type'), str) and all(
+        isinstance(block.get(name, ''), str) for name in ('text', 'thinking', 'id', 'tool_use_id'))
+
 def in_a_line(text, most):
     "Text in one line of `most` characters, cut between words where there are any."
     line = ' '.join(text.split(None, 60)[:60])
@@ -1271,9 +1280,10 @@ class Store:
     def _end(self, db, id, status, note, meta=None):
         rows = db.q('select kind, text from piece where message = ? order by seq', [id])
         content, blocks = folded([(row['kind'], row['text']) for row in rows])
+        meta = unbroken(json.dumps(meta or {}, ensure_ascii=False))  # both may quote a server, which may send anything
         db.execute('update message set content = ?, blocks = ?, status = ?, note = ?, meta = json_patch(meta, ?), '
                    'ended = ? where id = ?',
-                   [content, json.dumps(blocks), status, note, json.dumps(meta or {}), time.time(), id])
+                   [content, json.dumps(blocks), status, unbroken(note), meta, time.time(), id])
         db.execute('delete from piece where message = ?', [id])
         db.execute('update conversation set answered = ? where id = (select conversation from message where id = ?)',
                    [time.time(), id])
@@ -1332,7 +1342,9 @@ def exported(conversation: Conversation, tree: list[Message]) -> dict:
 def as_text(told: dict) -> bytes: return json.dumps(told, ensure_ascii=False, sort_keys=True).encode() + b'\n'
 
 def as_document(conversation: Conversation, path: list[Message]) -> str:
-    def text(m): return '\n\n'.join([f'[Attached: {b["name"]}]' for b in m.blocks if b['type'] == 'file'] + [m.content])
+    def text(m):
+        files = [block['name'] for block in m.blocks if m.role == 'user' and block['type'] == 'file']
+        return '\n\n'.join([f'[Attached: {name}]' for name in files] + [m.content])
     parts = [f'# {conversation.title}', *[f'## {"You" if m.role == "user" else "Claude"}\n\n{text(m)}' for m in path]]
     return '\n\n'.join(parts) + '\n'
 
@@ -1463,7 +1475,7 @@ def ours(told: dict, owner: str) -> dict:
         if type(m['id']) is not int or m['id'] != n: raise Refused(422, 'Two messages in this file have the same id.')
         if parent is not None and (type(parent) is not int or not 0 <= parent < n):
             raise Refused(422, 'A message in this file follows one that is not before it.')
-        if m['role'] not in ROLES or not all(isinstance(block['type'], str) for block in m['blocks']): raise TypeError
+        if m['role'] not in ROLES or not all(map(is_block, m.get('blocks', ()))): raise TypeError
         for file in message.get('blocks', ()):
             if file['type'] != 'file': continue
             if not isinstance(file['name'], str) or file['kind'] not in (*BEGINS, PLAIN_TEXT): raise TypeError
@@ -1599,8 +1611,7 @@ def sift(file, size, out, owner, limits: Settings, state: Import) -> int:
                     case {'mapping': _}: read = from_chatgpt
                     case _: raise Refused(422, 'This is no export of Parley, Claude or ChatGPT that can be read.')
                 found = read(told, owner)
-                line = json.dumps(found, ensure_ascii=False, allow_nan=False).encode('utf-16', 'surrogatepass')
-                line = line.decode('utf-16', 'replace').encode() + b'\n'  # half a surrogate pair is no letter
+                line = unbroken(json.dumps(found, ensure_ascii=False, allow_nan=False)).encode() + b'\n'
                 mark = hashlib.sha256(line).digest()
                 if seen.setdefault(found['id'], mark) != mark:
                     raise Refused(422, 'Two conversations in this file have the same id.')
@@ -1924,11 +1935,13 @@ class Heard:
                 delta = event['delta']
                 grown = delta.get(GROWS.get(delta['type']))
                 if grown is None: return []
+                if type(grown) is not (dict if delta['type'] == 'citations_delta' else str): raise TypeError
                 self.parts.append((delta['type'], grown))
                 if delta['type'] != 'signature_delta': self.size += len(grown)
                 return {'text_delta': [grown], 'thinking_delta': [Thought(grown)]}.get(delta['type'], [])
             case 'content_block_start':
                 block, before = {**event['content_block']}, self.blocks
+                if not is_block(block): raise TypeError
                 told = self._tell(len(before))  # a text stays untold until more follows: mostly nothing does
                 if block['type'] == 'text':
                     if before and before[-1]['type'] != 'text' and any(map(words_of, before)): told.append('\n\n')
@@ -1978,8 +1991,7 @@ class Heard:
         "Join the halves of a surrogate pair that two events may carry; a half that stays alone becomes U+FFFD."
         text = self.held + text
         self.held = text[-1] if text and '\ud800' <= text[-1] <= '\udbff' else ''
-        text = text[:len(text) - len(self.held)]
-        return text if text.isascii() else text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+        return unbroken(text[:len(text) - len(self.held)])
 
 def added(one: dict, other: dict) -> dict:
     "Usage of two calls together."
@@ -2196,10 +2208,12 @@ class Claude:
                 except Exception as error: fault = error  # noqa: BLE001 raised once what came before it is said
                 used = heard.used()
                 meta |= {'usage': added(before, used), 'about': not heard.reason, 'weight': sum(used.values())}
-                for text, some in groupby(said, lambda each: isinstance(each, str)):
-                    if text: some = filter(None, [heard.whole(''.join(some))])
+                for kind, some in groupby(said, type):
+                    if kind is not Whole:
+                        text = heard.whole(''.join(each if kind is str else each.text for each in some))
+                        some = [text if kind is str else Thought(text)] * bool(text)
                     for each in some:
-                        silent = silent and not text
+                        silent = silent and kind is not str
                         yield each
                 if fault: raise fault
                 if heard.complete: break
@@ -2712,7 +2726,8 @@ class Turns:
                     match event:
                         case str(): await self._hear(turn, 'text', event)
                         case Thought(text): await self._hear(turn, 'thought', text)
-                        case Whole(block): await self._hear(turn, 'block', json.dumps(block))
+                        case Whole(block):
+                            await self._hear(turn, 'block', unbroken(json.dumps(block, ensure_ascii=False)))
                         case Waiting(seconds): turn.show(f'{BUSY}, trying again in {seconds:.0f} s')
                         case Ended():
                             turn.end = event
@@ -2750,13 +2765,18 @@ class Turns:
             committed = time.monotonic()
             grown = [turn for turn in self.running.values() if turn.unsaved or turn.end]
             if self.settings.monthly_usd: self._capped(grown)
-            try: await self._commit(grown)
-            except Exception as error:  # noqa: BLE001 whatever it is: without this loop no reply would ever end
-                log.error('a frame was not saved: %s', type(error).__name__)
-                words = error if isinstance(error, Unusable) else 'the database failed'
-                for turn in grown: turn.show(f'Not saved yet: {words}. Trying again.')
-                await asyncio.sleep(1)
-                self.grew.set()
+            parts = [grown]
+            while parts:
+                try: await self._commit(some := parts.pop())
+                except Exception as error:  # noqa: BLE001 whatever it is: without this loop no reply would ever end
+                    log.error('a frame was not saved: %s', type(error).__name__)
+                    if not isinstance(error, Unusable) and len(some) > 1:  # one can't be saved: the others do not wait
+                        parts = [[turn] for turn in some]
+                        continue
+                    words = error if isinstance(error, Unusable) else 'the database failed'
+                    for turn in some: turn.show(f'Not saved yet: {words}. Trying again.')
+                    await asyncio.sleep(1)
+                    self.grew.set()
 
     async def _commit(self, turns):
         batch = [(turn, len(turn.unsaved), joined(turn.unsaved), turn.end) for turn in turns]
@@ -3471,7 +3491,9 @@ def steps_of(blocks):
     return steps
 
 def cut(text): return text if len(text) <= LONGEST_STEP else text[:LONGEST_STEP] + ' … (cut)'
-def in_json(value): return cut(json.dumps(value, ensure_ascii=False, indent=1)) if value else ''
+def in_json(value):
+    try: return cut(json.dumps(value, ensure_ascii=False, indent=1)) if value else ''
+    except RecursionError: return '…'  # deeper than anybody reads
 
 def Source(url, title, age=''):
     "A page that a tool found: a link if it leads to a host, which is said."
@@ -3503,7 +3525,7 @@ def told_step(step):
         case 'thinking', _:
             seconds = block.get('seconds')
             words = f'Thought for {seconds:.0f} s' if isinstance(seconds, float) else 'Thought'
-            return 'Thinking' if block.get('open') else words, ''.join(block['thinking'])
+            return 'Thinking' if block.get('open') else words, ''.join(block.get('thinking', ''))
         case 'redacted_thinking', _: return 'Thought something that is kept, but encrypted by the model’s makers', None
         case _, 'web_search':
             return f'{"Searched" if done else "Searching"} for “{str(asked.get("query", ""))[:200]}”', None

@@ -1460,6 +1460,52 @@ def test_half_a_character_from_upstream_does_no_harm(me, upstream):
     assert chat.ended()['status'] == 'done' and chat.reply['content'].startswith('a ')
     assert chat.reply['content'].endswith(' c') and 'content-1' in chat.page()
 
+def other(block): return event('content_block_stop', index=0) + event('content_block_start', index=1, content_block=block)
+def thinking(*some):
+    return other({'type': 'thinking', 'thinking': ''}) + b''.join(event(
+        'content_block_delta', index=1, delta={'type': 'thinking_delta', 'thinking': each}) for each in some)
+
+@pytest.mark.parametrize('steps', [
+    [thinking('a \ud83d', '\ude00 \ud800 b')], [thinking(['x'])], [(['x'],)], [other({'type': ['x']})], [other({'type': {}})],
+    [error('x').replace(b'canary', b'\\ud800')], [other({'type': 'thinking'})], [other({'type': 'thinking', 'thinking': 5})],
+    [other({'type': 'file', 'sha': 'x'})], [other({'type': 'x_tool_use', 'id': 'x', 'input': json.loads('[' * 700 + ']' * 700)})],
+    [other({'type': 'server_tool_use', 'id': '1', 'name': 'web_search', 'input': {'query': '\ud800'}}),
+     other({'type': 'web_search_tool_result', 'tool_use_id': '1', 'content': [{'title': '\ud800', 'url': 'https://a.b/\ud800'}]})],
+    [event('message_start', message={'id': '\ud800', 'usage': {}})], [end('odd \ud800')]], ids=ascii)
+def test_whatever_claude_sends_it_is_saved_and_shown_and_exported_and_nobody_else_waits(me, upstream, steps):
+    chat = me.ask(upstream.plays(raw(START, *[encoded(step) for step in steps], end())))
+    assert me.ask(upstream.says('An answer.')).ended()['content'] == 'An answer.'
+    assert chat.ended()['status'] in ENDED and 'content-1' in chat.page() and me.get('/export.zip').content[:2] == b'PK'
+    assert '## Claude' in me.get(f'/c/{chat.id}.md').text and '\ud800' not in chat.page()
+    assert chat.say(upstream.says('And on.')).ended()['content'] == 'And on.'
+
+def encoded(step): return step if isinstance(step, bytes) else b''.join(map(delta, *step[:1]))
+
+def test_halves_of_a_character_meet_in_thinking_too(me, upstream):
+    chat = me.ask(upstream.says(thinking('a \ud83d', '\ude00 b')))
+    assert chat.ended() and '<pre id="said-1-0">a \U0001f600 b</pre>' in chat.page()
+
+def test_a_reply_that_can_not_be_saved_holds_no_other_one_up(tmp_path):
+    "None is known that can't be; if there ever is one, it must not be the end of all."
+    async def told():
+        store, claude = main.Store(tmp_path / 'parley.db'), main.Claude(main.Settings(titles='off'))
+        turns = main.Turns(store, claude, main.Settings(titles='off'))
+        asked = [await turns.ask(main.OWNER, None, 'slow') for _ in range(2)]
+        bad, good = [turns.find(reply) for _, reply in asked]
+        bad.unsaved.append(('text', '\ud800'))
+        good.cancel(main.Ended('stopped'))
+        async with asyncio.timeout(DEADLINE):
+            async for _ in good.follow(): pass
+        assert good.reply.status == 'stopped' and not bad.over
+        async with asyncio.timeout(DEADLINE):
+            async for _ in bad.follow():
+                if 'Not saved yet' in bad.notice: break
+        bad.unsaved.clear()
+        await turns.close()
+        await claude.sdk.close()
+        store.close()
+    asyncio.run(told())
+
 def test_thinking_is_not_text(me, upstream):
     think = event('content_block_start', index=0, content_block={'type': 'thinking', 'thinking': '', 'signature': ''}) \
         + event('content_block_delta', index=0, delta={'type': 'thinking_delta', 'thinking': 'hm'}) \
