@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parent.parent
 ASKED = ['How do I keep a conversation when my laptop sleeps?', 'What is the difference between stop and close?',
-         'What is a parley, and what do you do without a key?']
+         'Please search: what is a parley?']
 
 
 def started(folder):
@@ -24,7 +24,7 @@ def started(folder):
     with socket.create_server(('127.0.0.1', 0)) as free: port = free.getsockname()[1]
     kept = {name: value for name, value in os.environ.items() if not name.startswith('ANTHROPIC_')}
     app = subprocess.Popen([sys.executable, ROOT / 'main.py'], cwd=folder,
-                           env={**kept, 'PORT': str(port), 'LOG_LEVEL': 'WARNING'})
+                           env={**kept, 'PORT': str(port), 'LOG_LEVEL': 'WARNING', 'TITLES': 'off'})
     url = f'http://127.0.0.1:{port}'
     for _ in range(100):
         try: return app, urllib.request.urlopen(url + '/healthz', timeout=1) and url
