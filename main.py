@@ -745,6 +745,7 @@ class Store:
             db.conn.set_busy_timeout(5000)
             db.conn.create_scalar_function('spaced', spaced, 1, deterministic=True)
             db.conn.pragma('synchronous', 'normal')
+            db.conn.pragma('secure_delete', 'fast')  # a token that is deleted is in no backup either
         self.db['reads'].conn.pragma('query_only', True)
         for file in self.file.parent.glob(self.file.name + '*'): file.chmod(0o600)
         self._migrate(self.db['writes'])
@@ -967,7 +968,7 @@ class Store:
     @reads
     def message(self, db, owner, conversation, idx) -> Message | None:
         "The message of depth `idx` on the current path."
-        first = min(idx, 2**31)  # a number from outside may be of any size
+        first = max(0, min(idx, 2**31))  # a number from outside may be of any size
         path = self._path(db, owner, conversation, first, first + 1)
         return next((m for m in path if m.idx == idx), None)
 
@@ -4707,8 +4708,10 @@ on('click', e => {
   else if (control === jump) toEnd();
   else if (control?.matches('.attach')) upload.click();
   else if (control?.matches('.remove')) {
-    control.parentNode.asked?.abort();
-    control.parentNode.remove();
+    const chip = control.parentNode;
+    chip.remove();
+    chip.asked?.abort();
+    waiting = false;
     box.focus();
   }
 });
@@ -4838,9 +4841,9 @@ async function save() {
 }
 function later(wait = 600) { if (!saving) unsaved ||= setTimeout(save, wait); }
 addEventListener('pagehide', () => { // a reload may come back before this has arrived: it finds the text in the tab
-  if (!unsaved || sent) return;
-  navigator.sendBeacon('/draft', draft());
-  sessionStorage.setItem('draft:' + location.pathname, box.value);
+  if (!unsaved) return;
+  navigator.sendBeacon('/draft', draft()); // what is being sent, too: if it arrives, this is none any more
+  if (!sent) sessionStorage.setItem('draft:' + location.pathname, box.value);
 });
 const kept = sessionStorage.getItem('draft:' + location.pathname);
 sessionStorage.removeItem('draft:' + location.pathname);
@@ -4927,8 +4930,11 @@ async function attach(file) {
   asked.onloadend = () => {
     if (!chip.isConnected) return;
     if (asked.status === 200) chip.outerHTML = asked.responseText; else chip.remove();
-    if (asked.status !== 200) notice(asked.responseText || `“${file.name}” was not sent: Parley can not be reached.`);
-    else announce(`${file.name} is attached.`);
+    if (asked.status === 200) announce(`${file.name} is attached.`);
+    else { // the message waits: without its file it would not be what was meant
+      waiting = false;
+      notice(asked.responseText || `“${file.name}” was not sent: Parley can not be reached.`);
+    }
     if (waiting && !$('progress', files)) { waiting = false; composer.requestSubmit($('.send')); }
   };
   asked.open('POST', '/files');
@@ -5455,9 +5461,10 @@ def standing(req): return urlsplit(req.headers.get('hx-current-url', '')).path  
 async def listed(req):
     "A page of the list after another, or its first `count` rows anew. Without a script, a page that has it."
     asked, after = req.query_params, None
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
         pinned, updated, id = json.loads(asked.get('after', ''))
-        if 0 <= float(updated) < 1e11: after = pinned and float(pinned), float(updated), str(id)
+        if 0 <= float(updated) < 1e11:
+            after = pinned if pinned is None else float(pinned), float(updated), unbroken(str(id))
     count = asked.get('count', '')
     limit = max(50, min(500, int(count))) if re.fullmatch(r'\d{1,6}', count) else 50
     now = edition(req)
@@ -5679,7 +5686,8 @@ async def chosen(req, conversation=None):
     form, here, me = await form_of(req), parley(req), owner(req)
     do, form['model'] = form.get('do'), form.get('instead') or form.get('model', '')
     if do == 'use':
-        form['system'] = next((p.text for p in await here.store.prompts(me) if str(p.id) == form.get('prompt')), '')
+        form['system'] = next((p.text for p in await here.store.prompts(me) if str(p.id) == form.get('prompt')),
+                              form.get('system', ''))
     choices = await keep(req, form, conversation)
     if do == 'keep': await here.store.keep_prompt(me, form.get('prompt_name', '').strip()[:60], choices.get('system'))
     if do == 'drop': await here.store.drop_prompt(me, form.get('prompt'))

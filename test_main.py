@@ -1552,6 +1552,7 @@ def test_a_prompt_is_kept_under_a_name_used_and_deleted(lab):
     _, poet = options(kept, 'prompt')
     newer = options(me.get('/').text, 'prompt')[1]
     used = me.post('/choices', do='use', prompt=newer, system='').text
+    assert plain(field(me.post('/choices', do='use', prompt='', system='Typed.').text, 'system').text) == 'Typed.'
     assert picked(kept, 'prompt') == [poet] and plain(field(used, 'system').text) == 'Rhyme well.'
     assert me.post('/choices', do='keep', prompt_name='', system='x').status_code == 422
     assert 'Rhyme well.' in me.post('/choices', do='drop', prompt=newer, system='Rhyme well.').text
@@ -1748,6 +1749,11 @@ def test_a_backup_by_the_page_has_no_tokens(workshop, tmp_path):
     (tmp_path / 'copy.db').write_bytes(workshop.person().get('/backup').content)
     assert all(row == [''] for row in rows(tmp_path / 'copy.db', 'select token from server'))
     assert TOKEN.encode() not in (tmp_path / 'copy.db').read_bytes()
+    me = workshop.person()
+    me.post('/connections', name='brief', url='https://brief.example/?canary-of-the-address', token='canary-of-the-token')
+    me.post('/connections', name='brief', url='https://brief.example', token='canary-is-another-token')
+    me.post('/connections', drop=[n.attrs['value'] for n in named(me.get('/connections').text, 'drop') if 'brief' in n.text])
+    assert b'canary-' not in me.get('/backup').content.replace(b'canary-key', b'')
 
 @pytest.mark.parametrize('wrong', [
     {'name': 'two words'}, {'name': ''}, {'name': '<b>'}, {'url': 'http://mcp.example'}, {'url': 'https://'}, {'url': 'x'},
@@ -4927,6 +4933,22 @@ def test_a_draft_survives_a_reload_and_a_refusal(profile, new_site, upstream):
     assert view.composer.input_value() == 'x' * 51 and view.bubble(2).count() == 0
 
 @browser_test
+def test_a_question_that_was_on_its_way_as_the_page_was_left_is_a_draft_unless_it_arrived(profile, new_site, upstream):
+    view, sent = View(profile(), new_site().url), upstream.says('An answer.')
+    def typed(): return View(view.profile, view.url).composer.input_value()
+    view.page.route(view.url + '/', lambda route: route.continue_() if route.request.method == 'GET' else None)
+    view.send('on its way')
+    view.page.goto(view.url + '/usage')
+    assert view.eventually(lambda: typed() == 'on its way')
+    view.page.unroute_all()
+    view.page.goto(view.url)
+    view.send(sent)
+    view.page.goto(view.url + '/usage')
+    assert view.eventually(lambda: upstream.called(sent) and typed() == '')
+    view.page.wait_for_timeout(300)
+    assert typed() == ''
+
+@browser_test
 def test_shift_enter_makes_a_line_and_a_blank_message_sends_nothing(view, upstream):
     view.send('  ').page.wait_for_timeout(200)
     assert view.bubble(0).count() == 0 and not view.kinds('sent')
@@ -5091,12 +5113,25 @@ def test_progress_is_shown_and_a_message_waits_for_its_files(seer, desk):
     page.set_input_files('#upload', [given('a.txt', b'one'), given('b.txt', b'two')])
     assert seer.eventually(lambda: len(held) == 2) and page.locator('#files progress').count() == 2
     seer.button('Remove').last.click()
+    assert page.locator('#files progress').count() == 1 and page.locator('#notice').inner_text() == ''
     seer.send('With a file')
     assert seer.eventually(lambda: 'as soon as its files' in page.locator('#notice').inner_text())
     assert not seer.bubble(0).count()
     held[0].continue_()
     seer.ends()
     assert page.locator('#msg-0 .files li').all_inner_texts()[0].startswith('a.txt') and not seer.composer.input_value()
+
+@browser_test
+def test_a_message_is_not_sent_without_a_file_that_could_not_come(seer):
+    page, held = seer.page, []
+    page.route('**/files', lambda route: held.append(route))
+    page.set_input_files('#upload', given('bad.exe', b'MZ\0'))
+    assert seer.eventually(lambda: held)
+    seer.send('With a file')
+    held[0].continue_()
+    assert seer.eventually(lambda: 'can’t be attached' in page.locator('#notice').inner_text())
+    page.wait_for_timeout(300)
+    assert seer.composer.input_value() == 'With a file' and not seer.bubble(0).count()
 
 @browser_test
 def test_a_model_that_can_not_read_a_file_is_warned_of(seer):
