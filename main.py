@@ -966,10 +966,11 @@ class Store:
         return new
 
     @reads
-    def message(self, db, owner, conversation, idx) -> Message | None:
-        "The message of depth `idx` on the current path."
+    def message(self, db, owner, conversation, idx, id=None) -> Message | None:
+        "The message of depth `idx` on the current path, or on the one to the message `id`. Raises `Refused` 404."
+        leaf = id and self._message(db, owner, conversation, id).id
         first = max(0, min(idx, 2**31))  # a number from outside may be of any size
-        path = self._path(db, owner, conversation, first, first + 1)
+        path = self._path(db, owner, conversation, first, first + 1, leaf)
         return next((m for m in path if m.idx == idx), None)
 
     @reads
@@ -1799,9 +1800,12 @@ def compacted(path: list[Message]) -> list[Message]:
 def fitting(path: list[Message], room: int) -> list[Message]:
     "Of a path that is to be summarised what the model can read, by what the last reply weighed: the end of it."
     weight = next(filter(None, (number(m.meta, 'weight') for m in reversed(path))), 0)
-    most = .85 * room / weight * sum(len(m.content) for m in path) if room and weight else math.inf
-    while len(path) > 3 and sum(len(m.content) for m in path) > most: path = path[2:]
-    return path
+    size, at = sum(len(m.content) for m in path), 0
+    most = .85 * room / weight * size if room and weight else math.inf
+    while len(path) - at > 3 and size > most:
+        size -= len(path[at].content) + len(path[at + 1].content)
+        at += 2
+    return path[at:]
 
 def prefix_of(request: dict) -> str:
     """A mark of what stands before the first message. Newer models take their thinking back only if nothing before it
@@ -3425,7 +3429,7 @@ def Actions(message):
     change = f'{show.to(**here)}?from={message.idx}&edit={message.id}'
     return Div(Walk(message) if len(message.siblings) > 1 else None,
                A('Copy', Unseen(' this message as Markdown'), cls='copy quiet',
-                 href=as_written.to(**here, idx=message.idx)),
+                 href=f'{as_written.to(**here, idx=message.idx)}?at={message.id}'),
                RetryForm(message, 'Regenerate') if theirs else
                A('Edit', Unseen(' this question'), cls='change quiet', href=f'{change}#msg-{message.idx}',
                  hx_get=change, hx_select=f'#msg-{message.idx}', hx_target=f'#msg-{message.idx}', hx_swap='outerHTML'),
@@ -5601,8 +5605,9 @@ async def shown(req, conversation_id, **more):
 
 @rt.get('/c/{conversation_id}/{idx}.md')
 async def as_written(req, conversation_id: str, idx: int):
-    "One message, to the letter; shown as text, not downloaded, so that without a script it can be copied too."
-    message = await parley(req).store.message(owner(req), conversation_id, idx)
+    """One message, to the letter; shown as text, not downloaded, so that without a script it can be copied too. `?at=`
+    is its id, for a page that shows another branch than the last that was chosen."""
+    message = await parley(req).store.message(owner(req), conversation_id, idx, req.query_params.get('at'))
     if not message: raise Refused(404, NO_MESSAGE)
     return PlainTextResponse(message.content)
 

@@ -2154,6 +2154,15 @@ def test_a_message_of_another_conversation_is_404(me, upstream, path, field):
         assert chat.post(path, **{'message': 'words', field: at}).status_code == 404, at
     assert len(chat.messages) == 2
 
+def test_a_page_copies_what_it_shows_whatever_branch_another_one_has_chosen(me, upstream):
+    chat = me.ask(upstream.says('one'))
+    chat.ended()
+    (link,) = [n.attrs['href'] for n in bubbles(chat.page())[1].all(lambda n: 'copy' in n.attrs.get('class', ''))]
+    upstream.plans[chat.messages[0]['content']] = [says('two')]
+    assert chat.retry().ended()['content'] == me.get(link.partition('?')[0]).text == 'two' and me.get(link).text == 'one'
+    other = me.ask(upstream.says('three'))
+    assert other.ended() and me.get(link.replace(chat.id, other.id)).status_code == 404
+
 def test_a_draft_is_kept_until_it_is_sent_and_never_comes_back(me, upstream):
     chat = me.ask(upstream.says('one'))
     chat.ended()
