@@ -1839,14 +1839,15 @@ def as_sent(file: dict, sent: Mapping[str, str | None], model: Model, before: se
     cited = {'citations': {'enabled': True}} if model.citations else {}
     return {'type': 'document', 'source': source, 'title': name, **cited}
 
-def sent_back(blocks: list[dict]) -> list[dict]:
+def sent_back(blocks: list[dict], paused=False) -> list[dict]:
     """What of an answer goes back to Claude: all of it as it came, but thinking that was not signed, texts that are
-    empty, and a tool's call without its result or the other way round, all of which the API refuses."""
+    empty, and a tool's call without its result or the other way round, all of which the API refuses. Only a `paused`
+    answer has them: the call that it waits for has its result in the answer that goes on."""
     calls, results = [[block.get(name) for block in blocks] for name in ('id', 'tool_use_id')]
     def taken(block):
         if block['type'] == 'thinking': return block.get('signature')
-        return block.get('text', True) and ('id' not in block or block['id'] in results) and (
-            'tool_use_id' not in block or block['tool_use_id'] in calls)
+        return block.get('text', True) and (paused or ('id' not in block or block['id'] in results) and (
+            'tool_use_id' not in block or block['tool_use_id'] in calls))
     return [{name: value for name, value in block.items() if name != 'seconds'} for block in blocks if taken(block)]
 
 def history(path: list[Message], prefix='', model=Model(''), sent: Mapping[str, str | None] = {}, servers=()
@@ -1931,6 +1932,7 @@ class Heard:
         self.blocks, self.parts, self.kept = [], [], 0  # whole blocks; the pieces of the open one; `kept` were told
         self.began, self.complete, self.reason, self.usage, self.held = False, False, None, {}, ''
         self.id, self.miss, self.size = '', '', 0  # of the answer: its id, why it read no cache, its letters
+        self.why = ''  # it was refused, in the API's words
 
     def take(self, event: dict) -> list[str | Thought | Whole]:
         "What `event` adds for the reader and for the record. Raises `Fault` for an error of the API."
@@ -1966,6 +1968,8 @@ class Heard:
             case 'message_delta':
                 self.reason = event['delta'].get('stop_reason') or self.reason
                 self.usage = self.usage | counted(event.get('usage'))
+                with contextlib.suppress(TypeError, KeyError):
+                    self.why = str(event['delta']['stop_details']['explanation'] or '')[:300]
             case 'message_stop':
                 self.complete = True
                 return self._tell(len(self.blocks)) if self.kept else []
@@ -2182,6 +2186,7 @@ class Claude:
                 return
             except Exception as error:  # noqa: BLE001 the SDK, the HTTP client and the parser share no base
                 fault = explain(error, said, request['model'])
+                if id := getattr(error, 'request_id', None): meta['request'] = id[:80]
             wait = fault.after or 2 ** attempt * random.uniform(0.25, 0.75)  # noqa: S311 jitter, not a secret
             if said or not fault.again or attempt == TRIES or wait > LONGEST_WAIT or time.monotonic() + wait > give_up:
                 meta['tries'] = attempt
@@ -2227,9 +2232,10 @@ class Claude:
             if not heard.began: raise Fault(FOREIGN)
             if not heard.complete or not heard.reason: raise Fault(BROKE_OFF, status='interrupted')
             if heard.reason != 'pause_turn': break
-            paused = {'role': 'assistant', 'content': sent_back(heard.blocks)}
+            paused = {'role': 'assistant', 'content': sent_back(heard.blocks, paused=True)}
             request = request | {'messages': [*request['messages'], paused]}
         note = STOPS.get(heard.reason, f'Claude stopped for a reason that is not known here: {str(heard.reason)[:40]}.')
+        if heard.why and heard.reason == 'refusal': note += f' {heard.why}'
         yield Ended('done', note or 'Claude answered without words.' * silent, meta)
 
     async def _reads(self, request, meta) -> AsyncIterator[list[dict | Exception]]:

@@ -1625,6 +1625,29 @@ def test_thinking_and_searching_are_shown_as_they_happen_and_after_a_reload(me, 
     assert steps(tab.page) == steps(Page(chat.page())) and 'javascript:' not in chat.page()
     assert chat.reply['content'] == 'Tea[¹](<https://a.example/x> "hot").'
 
+def test_a_call_that_is_waited_for_goes_back_with_the_pause_and_its_result_comes_after_it(me, upstream):
+    chat = me.ask(question := upstream.plays(raw(MESSAGE, SEARCH[0], end('pause_turn')), raw(
+        MESSAGE, SEARCH[1], end('pause_turn')), raw(MESSAGE, writes(0, 'Tea.'), end())))
+    assert chat.ended()['content'] == 'Tea.' and steps(Page(chat.page()))[1] == ['Searched for “<i>tea</i>”']
+    _, second, third = [call.body['messages'][1:] for call in upstream.called(question)]
+    assert [[block['type'] for block in turn['content']] for turn in second] == [['server_tool_use']]
+    assert [[block['type'] for block in turn['content']] for turn in third] == [
+        ['server_tool_use'], ['web_search_tool_result']]
+    chat.say(question := upstream.says('well')).ended()
+    assert [block['type'] for block in upstream.called(question)[0].body['messages'][1]['content']] == [
+        'server_tool_use', 'web_search_tool_result', 'text']
+
+def test_a_refusal_says_why(me, upstream):
+    told = event('message_delta', delta={'stop_reason': 'refusal', 'stop_details': {
+        'type': 'refusal', 'category': 'cyber', 'explanation': 'Not <b>this</b>.'}}, usage={'output_tokens': 9})
+    chat = me.ask(upstream.plays(raw(START, 'half', event('content_block_stop', index=0), told, event('message_stop'))))
+    assert chat.ended()['note'] == 'Claude declined to go on with this. Not <b>this</b>.'
+    assert '&lt;b&gt;this' in chat.page() and '<b>this' not in chat.page()
+
+def test_the_details_of_a_call_that_failed_name_its_request(me, upstream):
+    chat = me.ask(upstream.plays(raw(b'{}', status=400, content_type='application/json', request_id='req_failed')))
+    assert chat.ended()['status'] == 'failed' and 'req_failed' in chat.page()
+
 def test_an_answer_goes_back_block_for_block(me, upstream):
     redacted = {'type': 'redacted_thinking', 'data': 'zzz'}
     unknown = {'type': 'something_new', 'payload': [1, {'a': None}]}
