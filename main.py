@@ -713,7 +713,7 @@ def unbroken(text: str) -> str:
 def is_block(block) -> bool:
     "Whether something has the form of a content block. What else is in it may be anything."
     return isinstance(block, dict) and isinstance(block.get('type'), str) and all(
-        isinstance(block.get(name, ''), str) for name in ('text', 'thinking', 'id', 'tool_use_id'))
+        isinstance(block.get(name, ''), str) for name in ('text', 'thinking'))
 
 def in_a_line(text, most):
     "Text in one line of `most` characters, cut between words where there are any."
