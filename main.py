@@ -1777,7 +1777,7 @@ def titled(answer: str, most: int) -> str:
 
 THOUGHTS = ('thinking', 'redacted_thinking')
 # The Models API has no word of its own for reading pages; searching without it would be half of what people expect.
-WEB = {'web_search': {}, 'web_fetch': {'citations': {'enabled': True}, 'max_content_tokens': 30_000}}
+WEB = {'web_search': {}, 'web_fetch': {'max_content_tokens': 30_000}}
 
 MCP = ['mcp-client-2026-09-15']  # https://platform.claude.com/docs/en/agents-and-tools/mcp-connector
 
@@ -2110,6 +2110,7 @@ class Claude:
         if 'web' in choices: request['tools'] = [
             {'type': f'{name}_20260318', 'name': name, 'max_uses': self.settings.max_searches,
              'allowed_callers': ['direct']} | more for name, more in WEB.items()]
+        if 'web' in choices and model.citations: request['tools'][-1]['citations'] = {'enabled': True}
         on = [server for server in servers if f'mcp-{server.id}' in choices and model.known]
         if on: request |= {
             'betas': MCP, 'mcp_servers': [{'type': 'url', 'name': server.name, 'url': server.url} | (

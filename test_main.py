@@ -1720,12 +1720,17 @@ def test_failures_of_tools_are_said_in_words(me, upstream):
 
 def test_searching_is_offered_and_asked_for_where_the_model_can(new_site, upstream):
     search = {'supported': True, 'web_search': {'supported': True}}
-    upstream.models = [[{'id': 'finder', 'capabilities': {'server_tools': search}}, {'id': 'plain', 'capabilities': {}}]]
+    upstream.models = [[{'id': 'finder', 'capabilities': {'server_tools': search}}, {'id': 'plain', 'capabilities': {}},
+                        {'id': 'citer', 'capabilities': {'server_tools': search, 'citations': {'supported': True}}}]]
     me = new_site(model='finder').person()
     assert eventually(lambda: 'name="web"' in me.get('/').text)
     me.ask(question := upstream.says('well'), model='finder', web='on').ended()
     tools = upstream.called(question)[0].body['tools']
     assert [(tool['type'], tool['max_uses']) for tool in tools] == [('web_search_20260318', 8), ('web_fetch_20260318', 8)]
+    me.ask(cited := upstream.says('well'), model='citer', web='on').ended()
+    citing = [['citations' in tool for tool in body['tools']] for body in (upstream.called(question)[0].body,
+                                                                           upstream.called(cited)[0].body)]
+    assert citing == [[False, False], [False, True]]
     me.ask(question := upstream.says('well'), model='plain', web='on').ended()
     assert 'tools' not in upstream.called(question)[0].body
     upstream.models = None
