@@ -4200,13 +4200,29 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
   text-decoration: none; }
 :is(.round, .quiet, .find, nav a):hover { background: var(--card); color: var(--ink); }
 @media (scripting: none) { .scripted, body:has([data-status=streaming]) #message { display: none !important; } }
+@media (scripting) { .unscripted, #upload, .state #stop { display: none; } }
+
+/* What several pieces share */
+:is(.state, .listing, .data) .quiet, #undo .quiet, #fields button, #opener [name=instead] {
+  border: 1px solid var(--edge); }
+:is(.state, .listing, .data) .quiet, #undo .quiet { color: var(--ink); padding: .25rem .75rem; }
+summary { width: fit-content; cursor: pointer; border-radius: .25rem; }
+dialog, #menu, #panel, #undo, #jump { color: var(--ink); background: var(--page); border: 1px solid var(--edge); }
+:is(dialog, #panel) h2 { margin: 0 0 .75rem; font-size: 1.0625rem; }
+:is(#undo, .files, #notice, #panel p, .data [role=alert]):empty { display: none; }
+:is(#fields, .data label) :is(select, input, textarea), .rename input, :is(#search, #login) input { min-width: 0;
+  border: 1px solid var(--edge); border-radius: var(--round); background: var(--card); }
+.under p, :is(#panel, #login, #search li) p, .rename, #menu form, .listing form, #keys dl, dd { margin: 0; }
+.files, #conversations, .listing ul, #empty ul, #choices, #search ul { margin: 0; padding: 0; list-style: none; }
+#heading h1, #sidebar li > a[id], .called, .where { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.files, .actions, .state, .standing, #opener, .ways, .listing li, .servers li { display: flex; flex-wrap: wrap;
+  align-items: center; gap: .25rem .75rem; }
 
 /* Bar */
 #bar { grid-area: bar; position: sticky; top: 0; z-index: 2; display: flex; align-items: center; gap: .25rem;
   padding: 0 .75rem; background: var(--page); color: var(--soft); }
 #heading { flex: 1; min-width: 0; display: flex; align-items: center; gap: .25rem; padding-left: .25rem; }
-#heading h1 { margin: 0; font-size: var(--tiny); font-weight: 500; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; }
+#heading h1 { margin: 0; font-size: var(--tiny); font-weight: 500; }
 .tag { font-size: var(--tiny); border: 1px solid var(--line); border-radius: 1rem; padding: 0 .625rem;
   white-space: nowrap; }
 .narrow { display: none; }
@@ -4219,53 +4235,43 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
 #sidebar a, .find { display: flex; align-items: center; gap: .625rem; min-height: 2.125rem; padding: .25rem .625rem;
   border-radius: var(--round); color: var(--ink); text-decoration: none; }
 .find kbd { margin-left: auto; }
-#conversations { flex: 1; margin: .75rem -.75rem 0; padding: .5rem .75rem; list-style: none; overflow-y: auto;
-  border-top: 1px solid var(--line); scrollbar-width: thin; }
-#conversations { overflow-anchor: none; }
+#conversations { flex: 1; margin: .75rem -.75rem 0; padding: .5rem .75rem; overflow-y: auto;
+  border-top: 1px solid var(--line); scrollbar-width: thin; overflow-anchor: none; }
 #conversations h2 { margin: .75rem 0 .125rem; padding: 0 .625rem; font-size: var(--tiny); font-weight: 500;
   color: var(--soft); }
 #conversations li:first-child h2 { margin-top: 0; }
 #sidebar li { display: flex; align-items: center; border-radius: var(--round); }
-#sidebar li > a[id] { flex: 1; min-width: 0; display: block; line-height: 1.625rem; overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; unicode-bidi: isolate; }
+#sidebar li > a[id] { flex: 1; min-width: 0; display: block; line-height: 1.625rem; unicode-bidi: isolate; }
 #sidebar li:is(:hover, :focus-within, :has([aria-current])) { background: var(--card); }
 #sidebar li > [aria-current] { font-weight: 550; }
-#sidebar li > .more { flex: none; min-height: 0; height: 2rem; padding: 0; display: grid; opacity: 0; }
+#sidebar li > .more { flex: none; min-height: 0; width: 2rem; height: 2rem; padding: 0; display: grid; opacity: 0; }
 #sidebar li:is(:hover, :focus-within) > .more { opacity: 1; }
 .more { text-decoration: none; }
-#sidebar li > .more { width: 2rem; }
 li[data-state] > a[id]::before { content: ''; display: inline-block; width: .5rem; height: .5rem; margin-right: .5rem;
   border-radius: 50%; border: 2px solid var(--accent); }
 li[data-state=running] > a[id]::before { animation: pulse .8s ease-in-out infinite alternate; }
 #sidebar li[data-state=unread] > a[id] { font-weight: 650; color: var(--ink); }
 li[data-state=unread] > a[id]::before { background: var(--accent); }
-.rename { flex: 1; display: flex; min-width: 0; gap: .25rem; margin: 0; }
-.rename input { flex: 1; min-width: 0; padding: .125rem .5rem; border: 1px solid var(--accent); background: var(--page);
-  border-radius: var(--round); }
-#menu { position: fixed; inset: auto; margin: 0; min-width: 11rem; padding: .375rem; color: var(--ink);
-  background: var(--page); border: 1px solid var(--edge); border-radius: var(--round); }
-#menu:not(:popover-open), #menu .rename { display: none; } #menu::backdrop { background: none; }
-#menu form { margin: 0; } #menu :is(button, a) { display: block; width: 100%; padding: .375rem .625rem;
+.rename { flex: 1; display: flex; min-width: 0; gap: .25rem; }
+.rename input { flex: 1; padding: .125rem .5rem; border-color: var(--accent); background: var(--page); }
+#menu { position: fixed; inset: auto; margin: 0; min-width: 11rem; padding: .375rem; border-radius: var(--round); }
+#menu:not(:popover-open), #menu .rename { display: none; } :is(#menu, #panel)::backdrop { background: none; }
+#menu :is(button, a) { display: block; width: 100%; padding: .375rem .625rem;
   text-align: left; font-size: var(--small); color: var(--ink); }
 #menu :is(button, a):hover { background: var(--card); }
 #undo { position: fixed; z-index: 3; top: calc(var(--top) + .25rem); left: 50%; translate: -50%; display: flex;
-  align-items: center; gap: .75rem; padding: .25rem .25rem .25rem 1rem; white-space: nowrap; background: var(--page);
-  border: 1px solid var(--edge); border-radius: .75rem; }
-#undo:empty { display: none; } #undo button, .listing .quiet { border: 1px solid var(--edge);
-  color: var(--ink); padding: .25rem .75rem; }
-.listing ul:not(#conversations) { margin: 1rem 0; padding: 0; list-style: none; }
-.listing li { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; padding: .375rem 0;
-  border-top: 1px solid var(--line); font: var(--small)/1.5 var(--ui); }
+  align-items: center; gap: .75rem; padding: .25rem .25rem .25rem 1rem; white-space: nowrap; border-radius: .75rem; }
+.listing ul:not(#conversations) { margin: 1rem 0; }
+.listing li { padding: .375rem 0; border-top: 1px solid var(--line); font: var(--small)/1.5 var(--ui); }
 .listing li > span:first-child, .listing li > a[id] { flex: 1 1 12rem; overflow-wrap: anywhere; }
-.listing form { margin: 0; } .listing > form { margin: .5rem 0; }
-.listing summary { width: fit-content; cursor: pointer; }
+.listing > form { margin: .5rem 0; }
 #conversations:empty { flex: 0; padding: 0; } #conversations:empty + .none { flex: 1; }
 .none { margin: 0; padding: 1rem .625rem; } :not(:empty) + .none { display: none; }
 .themes { display: flex; gap: .125rem; margin: 0 -.75rem; padding: .5rem .75rem 0; border-top: 1px solid var(--line); }
 .themes button { flex: 1; min-height: 1.75rem; }
 .themes [aria-pressed=true] { background: var(--card); color: var(--ink); }
-.ways { display: flex; flex-wrap: wrap; } #sidebar .ways > * { min-height: 1.75rem; padding: .125rem .625rem;
-  color: var(--soft); } .ways kbd { margin-left: .5rem; }
+.ways { gap: 0; } #sidebar .ways > * { min-height: 1.75rem; padding: .125rem .625rem; color: var(--soft); }
+ .ways kbd { margin-left: .5rem; }
 @media (min-width: 48.01rem) { [data-sidebar=closed] #sidebar { display: none; } }
 
 /* Messages */
@@ -4275,11 +4281,10 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 #earlier { display: block; text-align: center; padding: .75rem; }
 .message { margin-top: 1rem; scroll-margin-top: var(--top); }
 .message[data-role=user]:not(:first-of-type) { margin-top: 2.25rem; }
-.said, .plain pre { white-space: pre-wrap; margin: 0; }
 .content { overflow-wrap: anywhere; font: var(--body)/1.6 var(--read); }
 .message[data-role=user] .content { width: fit-content; max-width: 100%; padding: .625rem 1rem;
   border-radius: .875rem; background: var(--card); font: var(--small)/1.6 var(--ui); }
-.actions { display: flex; flex-wrap: wrap; align-items: center; gap: 0 .5rem; min-height: 1.75rem; margin-left: -.5rem;
+.actions { gap: 0 .5rem; min-height: 1.75rem; margin-left: -.5rem;
   color: var(--soft); font-size: var(--tiny); }
 .actions > :not(.walk), .account { opacity: 0; transition: opacity var(--quick); }
 .message:is(:hover, :focus-within) :is(.actions > :not(.walk), .account), .account[open] { opacity: 1; }
@@ -4288,32 +4293,28 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) { visibility: hidden; }
 .message:last-of-type:has(.state .retry) .actions .retry { display: none; }
 .message:target { box-shadow: -1rem 0 var(--page), calc(-1rem - 2px) 0 var(--accent); }
-.state { color: var(--soft); font-family: var(--ui); display: flex; flex-wrap: wrap; align-items: center;
-  gap: .25rem .75rem; }
+.state { color: var(--soft); font-family: var(--ui); }
 .state p { margin: .5rem 0; padding-left: .75rem; border-left: 2px solid var(--accent); }
-.state .quiet { border: 1px solid var(--edge); color: var(--ink); padding: .25rem .75rem; }
-.state #stop { display: none; }
-@media (scripting: none) { .state #stop { display: block; } }
 .message:not(:last-of-type) .state .retry { display: none; }
 .steps { color: var(--soft); font-size: var(--small); }
-.steps summary { width: fit-content; padding: .125rem 0; cursor: pointer; border-radius: .25rem; }
+.steps summary { padding: .125rem 0; }
 .steps details > div { margin: .25rem 0 .75rem .375rem; padding-left: .875rem; border-left: 2px solid var(--line); }
 .steps :is(pre, ul, p) { margin: .25rem 0; } .steps ul { padding-left: 1rem; }
 .steps pre { max-height: 40vh; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
 .steps:not(:empty) { margin-bottom: .75rem; }
-[data-status=streaming] .steps details:last-child summary { animation: pulse 1.6s ease-in-out infinite alternate; }
-.standing { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem .75rem; font-size: var(--tiny); }
+.standing { font-size: var(--tiny); }
 .message:not(:last-of-type) .last, .message[data-role=note] { display: none; }
 .summary { border-block: 1px solid var(--line); padding-block: .5rem; }
-.summary > details > summary { width: fit-content; cursor: pointer; color: var(--soft); border-radius: .25rem; }
-.summary[data-status=streaming] > details > summary { animation: pulse 1.6s ease-in-out infinite alternate; }
+.summary > details > summary { color: var(--soft); }
+[data-status=streaming] .steps details:last-child summary, .summary[data-status=streaming] > details > summary {
+  animation: pulse 1.6s ease-in-out infinite alternate; }
 .state:has(> .account:only-child:not([open])) { float: right; } .account { margin-left: auto; }
-.account[open] { flex: 1 0 100%; } .account summary { width: fit-content; margin: 0 -.5rem 0 auto; cursor: pointer; }
+.account[open] { flex: 1 0 100%; } .account summary { margin: 0 -.5rem 0 auto; }
 .state .account summary { border: 0; padding: .25rem .5rem; color: var(--soft); }
 .account dl { margin: .25rem 0 .5rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: var(--round);
   display: grid; gap: .125rem; font-size: var(--tiny); font-variant-numeric: tabular-nums; }
-.account dl div { display: grid; grid-template-columns: 7rem minmax(0, 1fr); } .account dd { margin: 0;
-  color: var(--ink); overflow-wrap: anywhere; }
+.account dl div { display: grid; grid-template-columns: 7rem minmax(0, 1fr); }
+.account dd { color: var(--ink); overflow-wrap: anywhere; }
 /* at work: a quiet pulse, then a caret where the text ends */
 [data-status=streaming]:not(:has(.state p, .steps > *)) :is(.content:empty, [id^=tail-]:only-child:empty)::after {
   content: 'Claude is thinking'; color: var(--soft); font: var(--small)/1.6 var(--ui);
@@ -4369,7 +4370,7 @@ input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
   border-radius: var(--round); background: var(--page); font: var(--tiny)/1.5 var(--ui); }
 .content :is(sup, sub) { line-height: 0; font-size: .75em; }
 .content .notes { margin-top: 2rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: var(--small); }
-.content summary { cursor: pointer; border-radius: .25rem; } .content :is(summary, .cut) { color: var(--soft); }
+.content :is(summary, .cut) { color: var(--soft); }
 
 /* Composer */
 #composer { position: sticky; bottom: 0; z-index: 1; padding: 0 0 max(.5rem, env(safe-area-inset-bottom));
@@ -4377,8 +4378,7 @@ input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
 .field { display: flex; align-items: end; gap: .25rem; padding: .25rem; border: 1px solid var(--edge);
   border-radius: 1.375rem; transition: border-color var(--quick), background-color var(--quick); }
 .field:focus-within { border-color: var(--accent); background: var(--card); }
-.files { display: flex; flex-wrap: wrap; gap: .5rem; margin: 0 0 .375rem; padding: 0; list-style: none; }
-.files:empty, #upload { display: none; } @media (scripting: none) { #upload { display: block; } }
+.files { gap: .5rem; margin: 0 0 .375rem; align-items: stretch; }
 .files li { position: relative; max-width: 100%; }
 .files img { display: block; width: auto; max-width: min(20rem, 100%); max-height: 15rem; min-width: 3rem;
   min-height: 3rem; border: 1px solid var(--line); border-radius: var(--round); background: var(--card); }
@@ -4387,10 +4387,10 @@ input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
   padding: .375rem .75rem; border: 1px solid var(--line); border-radius: var(--round); text-decoration: none;
   color: var(--ink); max-width: 20rem; }
 .name svg { grid-row: span 2; color: var(--soft); } .name:not(:has(svg)) { grid-template-columns: 1fr; }
-.called { font-weight: 500; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.called { font-weight: 500; }
 .what, .unread { font-size: var(--tiny); color: var(--soft); }
 .chip { display: flex; align-items: center; gap: .25rem; } .chip .name { max-width: 15rem; }
-.chip progress { width: 6rem; accent-color: var(--accent); }
+.chip progress { width: 6rem; }
 .chip .remove { position: absolute; top: 0; right: 0; translate: 40% -40%; background: none; }
 .remove svg { width: 1.375rem; height: 1.375rem; padding: .25rem; border-radius: 50%; color: var(--page);
   background: var(--soft); stroke-width: 3; } .remove:hover svg { background: var(--ink); }
@@ -4408,38 +4408,34 @@ input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
 .stop, body:has(.message[data-status=streaming]) .send { display: none; }
 body:has(.message[data-status=streaming]) .stop { display: grid; }
 .stop svg { fill: currentColor; }
-#notice { margin: .375rem .75rem 0; color: var(--accent); } #notice:empty { display: none; }
+#notice { margin: .375rem .75rem 0; color: var(--accent); }
 .under { display: flex; align-items: center; justify-content: space-between; gap: 1rem; min-height: 1.25rem;
   margin: .25rem .75rem 0; font-size: var(--tiny); color: var(--soft); }
-.under p { margin: 0; } .under .hint { visibility: hidden; }
+.under .hint { visibility: hidden; }
 .field:focus-within ~ .under .hint { visibility: visible; }
-#opener { display: flex; flex-wrap: wrap; align-items: center; margin-left: -.5rem; }
+#opener { gap: 0; margin-left: -.5rem; }
 #opener [popovertarget]::after { content: '▾' / ''; margin-left: .375rem; }
-#opener p { color: var(--accent); padding-left: .5rem; } #opener [name=instead] { border: 1px solid var(--edge); }
+#opener p { color: var(--accent); padding-left: .5rem; }
 #panel { inset: auto 0 5.5rem var(--side); width: min(36rem, calc(100vw - var(--side) - 2rem));
-  max-height: calc(100dvh - 8rem); margin: 0 auto; padding: 1rem 1.25rem; color: var(--ink); background: var(--page);
-  border: 1px solid var(--edge); border-radius: .875rem; overflow-y: auto; }
-#panel::backdrop { background: none; } #panel h2 { margin: 0 0 .75rem; font-size: 1.0625rem; }
-#panel p { margin: 0; color: var(--soft); font-size: var(--tiny); } #panel p:empty { display: none; }
+  max-height: calc(100dvh - 8rem); margin: 0 auto; padding: 1rem 1.25rem; border-radius: .875rem; overflow-y: auto; }
+#panel p { color: var(--soft); font-size: var(--tiny); }
 #fields { display: grid; grid-template-columns: minmax(0, 1fr); gap: .625rem; }
 #fields .row { display: flex; align-items: baseline; gap: .75rem; }
 #fields span { flex: 0 0 8rem; color: var(--soft); }
-:is(#fields, .data label) :is(select, input, textarea) { flex: 1; min-width: 0; padding: .375rem .625rem;
-  color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: var(--round); font: inherit; }
+:is(#fields, .data label) :is(select, input, textarea) { flex: 1; padding: .375rem .625rem; color: inherit;
+  border-color: var(--line); font: inherit; }
 #fields [type=checkbox] { flex: none; } #fields div label { display: flex; align-items: center; gap: .375rem; }
 #fields div[role=group] { flex-wrap: wrap; align-items: center; }
 #fields textarea { resize: vertical; min-height: 4.5rem; max-height: 40dvh; field-sizing: content; }
-#fields button { border: 1px solid var(--edge); white-space: nowrap; } #fields > p { padding-left: 8.75rem; }
-@media (scripting) { .unscripted { display: none; } }
+#fields button { white-space: nowrap; } #fields > p { padding-left: 8.75rem; }
 #jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
-  align-items: center; gap: .375rem; padding: .25rem .875rem .25rem .625rem; border: 1px solid var(--edge);
-  border-radius: 2rem; background: var(--page); white-space: nowrap; }
+  align-items: center; gap: .375rem; padding: .25rem .875rem .25rem .625rem; border-radius: 2rem; white-space: nowrap; }
 #jump[hidden], main:not(:has(.message)) #jump { display: none; }
 
 /* First visit */
 #empty { padding-top: min(12vh, 6rem); }
 #empty h2 { margin: 0 0 1rem; font: 500 1.85rem/1.2 var(--read); text-wrap: balance; }
-#empty ul { margin: 0 0 1.25rem; padding: 0; list-style: none; font: var(--body)/1.6 var(--read); }
+#empty ul { margin-bottom: 1.25rem; font: var(--body)/1.6 var(--read); }
 .demo { margin: 0 0 2rem; color: var(--soft); } .demo code { font: .875em var(--code); } .demo b { color: var(--ink); }
 .examples form { display: grid; }
 .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 2rem; }
@@ -4450,10 +4446,8 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 .data form { display: grid; justify-items: start; gap: .5rem; margin: 1.5rem 0 1rem; }
 .data input { max-width: 100%; }
 .data label { display: grid; gap: .25rem; width: min(26rem, 100%); }
-.servers { font: var(--small)/1.6 var(--ui) !important; } .data [role=alert]:empty { display: none; }
-.servers li { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; margin: .5rem 0; }
-.servers form { margin: 0 0 0 auto !important; } .servers .host { overflow-wrap: anywhere; }
-.data .quiet { border: 1px solid var(--edge); color: var(--ink); padding: .25rem .75rem; }
+#empty .servers { font: var(--small)/1.6 var(--ui); } .servers .host { overflow-wrap: anywhere; }
+.servers li { align-items: baseline; column-gap: 1rem; margin: .5rem 0; } .data .servers form { margin: 0 0 0 auto; }
 progress { width: 100%; accent-color: var(--accent); } progress[hidden] { display: none; }
 /* Usage */
 .plot { margin: 0; } .plot svg { display: block; width: 100%; height: 8rem; stroke: none; fill: var(--accent);
@@ -4466,30 +4460,26 @@ progress { width: 100%; accent-color: var(--accent); } progress[hidden] { displa
 
 /* Dialogs */
 dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh auto auto; padding: 0;
-  color: var(--ink); background: var(--page); border: 1px solid var(--edge); border-radius: .875rem; }
+  border-radius: .875rem; }
 ::backdrop { background: var(--shade); }
 #query { width: 100%; padding: .875rem 1.25rem; border: 0; outline: 0; background: none; font-size: 1rem; }
-#choices { margin: 0; padding: .375rem; list-style: none; max-height: 55dvh; overflow-y: auto;
-  border-top: 1px solid var(--line); }
+#choices { padding: .375rem; max-height: 55dvh; overflow-y: auto; border-top: 1px solid var(--line); }
 #choices li { display: flex; justify-content: space-between; gap: 1rem; padding: .5rem .875rem;
   border-radius: var(--round); cursor: pointer; }
 #choices [aria-selected=true] { background: var(--card); box-shadow: inset 2px 0 var(--accent); }
 #choices li::after { content: attr(data-kind); color: var(--soft); font-size: var(--tiny); }
 #choices .hit { flex-wrap: wrap; gap: 0 1rem; } .hit > :not(.where) { order: 3; flex-basis: 100%; color: var(--soft); }
-.where { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 60%; }
+.where { max-width: 60%; }
 mark { color: var(--accent); background: none; font-weight: 600; }
-#search form { display: flex; gap: .5rem; } #search > form { margin-bottom: 1.5rem; } #search ul { padding: 0; }
-#search input { flex: 1; min-width: 0; padding: .375rem .75rem; border: 1px solid var(--edge); background: var(--card);
-  border-radius: var(--round); }
-#search li { list-style: none; padding: .625rem 0; border-top: 1px solid var(--line); } #search li p { margin: 0;
-  color: var(--soft); font-size: var(--tiny); }
+#search form { display: flex; gap: .5rem; } #search > form { margin-bottom: 1.5rem; }
+#search input { flex: 1; padding: .375rem .75rem; } #search ul { margin-block: 1em; }
+#search li { padding: .625rem 0; border-top: 1px solid var(--line); }
+#search li p { color: var(--soft); font-size: var(--tiny); }
 #search li button { flex: 1; display: grid; padding: .25rem 0; text-align: left; }
 #palette:focus-within { border-color: var(--accent); }
 #keys { padding: 1.25rem 1.5rem; width: min(26rem, calc(100vw - 2rem)); }
 #keys form { float: right; margin: -.375rem -.75rem; }
-#keys h2 { margin: 0 0 .75rem; font-size: 1.0625rem; } #keys dl { margin: 0; }
 #keys dl div { display: flex; justify-content: space-between; padding: .375rem 0; border-top: 1px solid var(--line); }
-#keys dd { margin: 0; }
 
 /* Other circumstances */
 @media (max-width: 48rem) {
@@ -4516,10 +4506,9 @@ mark { color: var(--accent); background: none; font-weight: 600; }
 /* Signing in */
 body:has(> #login) { display: grid; grid-template: 1fr / 1fr; place-items: center; padding: 1rem; }
 #login { display: grid; gap: .75rem; width: min(20rem, 100%); }
-#login input { padding: .5rem .75rem; border: 1px solid var(--edge); border-radius: var(--round); font-size: 1rem;
-  background: var(--card); }
+#login input { padding: .5rem .75rem; font-size: 1rem; }
 #login button { background: var(--accent); color: var(--on-accent); min-height: 2.75rem; }
-#login p { margin: 0; color: var(--soft); } .leave { display: flex; }
+#login p { color: var(--soft); } .leave { display: flex; }
 
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after { animation: none !important; transition: none !important; }
