@@ -4203,6 +4203,8 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
 @media (scripting) { .unscripted, #upload, .state #stop { display: none; } }
 
 /* What several pieces share */
+.what, .unread, .under, #panel p, #search li p, #choices li::after, #conversations h2 { color: var(--soft);
+  font-size: var(--tiny); }
 :is(.state, .listing, .data) .quiet, #undo .quiet, #fields button, #opener [name=instead] {
   border: 1px solid var(--edge); }
 :is(.state, .listing, .data) .quiet, #undo .quiet { color: var(--ink); padding: .25rem .75rem; }
@@ -4237,8 +4239,7 @@ dialog, #menu, #panel, #undo, #jump { color: var(--ink); background: var(--page)
 .find kbd { margin-left: auto; }
 #conversations { flex: 1; margin: .75rem -.75rem 0; padding: .5rem .75rem; overflow-y: auto;
   border-top: 1px solid var(--line); scrollbar-width: thin; overflow-anchor: none; }
-#conversations h2 { margin: .75rem 0 .125rem; padding: 0 .625rem; font-size: var(--tiny); font-weight: 500;
-  color: var(--soft); }
+#conversations h2 { margin: .75rem 0 .125rem; padding: 0 .625rem; font-weight: 500; }
 #conversations li:first-child h2 { margin-top: 0; }
 #sidebar li { display: flex; align-items: center; border-radius: var(--round); }
 #sidebar li > a[id] { flex: 1; min-width: 0; display: block; line-height: 1.625rem; unicode-bidi: isolate; }
@@ -4388,7 +4389,6 @@ input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
   color: var(--ink); max-width: 20rem; }
 .name svg { grid-row: span 2; color: var(--soft); } .name:not(:has(svg)) { grid-template-columns: 1fr; }
 .called { font-weight: 500; }
-.what, .unread { font-size: var(--tiny); color: var(--soft); }
 .chip { display: flex; align-items: center; gap: .25rem; } .chip .name { max-width: 15rem; }
 .chip progress { width: 6rem; }
 .chip .remove { position: absolute; top: 0; right: 0; translate: 40% -40%; background: none; }
@@ -4410,7 +4410,7 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 .stop svg { fill: currentColor; }
 #notice { margin: .375rem .75rem 0; color: var(--accent); }
 .under { display: flex; align-items: center; justify-content: space-between; gap: 1rem; min-height: 1.25rem;
-  margin: .25rem .75rem 0; font-size: var(--tiny); color: var(--soft); }
+  margin: .25rem .75rem 0; }
 .under .hint { visibility: hidden; }
 .field:focus-within ~ .under .hint { visibility: visible; }
 #opener { gap: 0; margin-left: -.5rem; }
@@ -4418,7 +4418,6 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 #opener p { color: var(--accent); padding-left: .5rem; }
 #panel { inset: auto 0 5.5rem var(--side); width: min(36rem, calc(100vw - var(--side) - 2rem));
   max-height: calc(100dvh - 8rem); margin: 0 auto; padding: 1rem 1.25rem; border-radius: .875rem; overflow-y: auto; }
-#panel p { color: var(--soft); font-size: var(--tiny); }
 #fields { display: grid; grid-template-columns: minmax(0, 1fr); gap: .625rem; }
 #fields .row { display: flex; align-items: baseline; gap: .75rem; }
 #fields span { flex: 0 0 8rem; color: var(--soft); }
@@ -4467,14 +4466,13 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
 #choices li { display: flex; justify-content: space-between; gap: 1rem; padding: .5rem .875rem;
   border-radius: var(--round); cursor: pointer; }
 #choices [aria-selected=true] { background: var(--card); box-shadow: inset 2px 0 var(--accent); }
-#choices li::after { content: attr(data-kind); color: var(--soft); font-size: var(--tiny); }
+#choices li::after { content: attr(data-kind); }
 #choices .hit { flex-wrap: wrap; gap: 0 1rem; } .hit > :not(.where) { order: 3; flex-basis: 100%; color: var(--soft); }
 .where { max-width: 60%; }
 mark { color: var(--accent); background: none; font-weight: 600; }
 #search form { display: flex; gap: .5rem; } #search > form { margin-bottom: 1.5rem; }
 #search input { flex: 1; padding: .375rem .75rem; } #search ul { margin-block: 1em; }
 #search li { padding: .625rem 0; border-top: 1px solid var(--line); }
-#search li p { color: var(--soft); font-size: var(--tiny); }
 #search li button { flex: 1; display: grid; padding: .25rem 0; text-align: left; }
 #palette:focus-within { border-color: var(--accent); }
 #keys { padding: 1.25rem 1.5rem; width: min(26rem, calc(100vw - 2rem)); }
@@ -4527,9 +4525,12 @@ JS = r'''
 'use strict';
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+const remove = elements => elements.forEach(element => element.remove());
 const on = (name, act, how) => document.addEventListener(name, act, how);
 const say = text => { $('#link').textContent = text; };
 const announce = text => { $('#said').textContent = text; };
+const notice = text => { $('#notice').textContent = text; };
+const keep = (name, value) => { document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=lax`; };
 
 // The socket of a reply. A clean end is final; a socket that fails twice in a row gives way to polling.
 htmx.config.wsReconnectDelay = retry => Math.min(1000 * 2 ** retry, 2000) * (0.75 + Math.random() / 4);
@@ -4550,9 +4551,10 @@ on('htmx:wsClose', e => {
   if (code >= 4000 || bubble.failures >= (bubble.restart ? 8 : 2)) poll(bubble);
 });
 
+function unplug(bubble) { for (const name of ['ws-connect', 'hx-ext']) bubble.removeAttribute(name); }
+
 function finish(bubble) {
-  bubble.removeAttribute('ws-connect');
-  bubble.removeAttribute('hx-ext');
+  unplug(bubble);
   const { status } = $('.state', bubble).dataset;
   bubble.dataset.status = status === 'streaming' ? 'interrupted' : status;
   over(bubble);
@@ -4577,11 +4579,9 @@ function news(is) {
 
 function poll(bubble) { // a copy, so that the extension finds the element of its socket gone
   bubble['htmx-internal-data'].webSocket.init = () => {}; // its next try is on the clock already
-  const copy = bubble.cloneNode(true), url = bubble.dataset.poll;
-  copy.removeAttribute('ws-connect');
-  copy.removeAttribute('hx-ext');
-  for (const [name, value] of Object.entries({ get: url, trigger: 'every 1s', swap: 'outerHTML' }))
-    copy.setAttribute('hx-' + name, value);
+  const copy = bubble.cloneNode(true), asks = { get: bubble.dataset.poll, trigger: 'every 1s', swap: 'outerHTML' };
+  unplug(copy);
+  for (const [name, value] of Object.entries(asks)) copy.setAttribute('hx-' + name, value);
   bubble.replaceWith(copy);
   htmx.process(copy);
   say('live, without a socket');
@@ -4722,7 +4722,7 @@ on('submit', e => {
   e.preventDefault();
   const { name, value } = e.submitter, root = document.documentElement;
   root.dataset[name] = value;
-  document.cookie = `${name}=${value}; path=/; max-age=31536000; samesite=lax`;
+  keep(name, value);
   const open = value === 'open';
   if (name === 'sidebar') Object.assign(e.submitter, { value: open ? 'closed' : 'open', ariaExpanded: open });
   else for (const button of $$('[name=theme]')) button.ariaPressed = button === e.submitter;
@@ -4733,7 +4733,7 @@ on('submit', e => {
 // of these only what differs is replaced: a click, the focus and the place in the list survive.
 const list = $('#conversations'), menu = $('#menu');
 let listSocket = null, listHeard = 0, failures = 0, edition = list.dataset.edition, listing = false;
-document.cookie = `zone=${-new Date().getTimezoneOffset()}; path=/; max-age=31536000; samesite=lax`;
+keep('zone', -new Date().getTimezoneOffset());
 function follow() {
   if (listSocket) { listSocket.onclose = listSocket.onmessage = null; listSocket.close(); }
   listHeard = performance.now();
@@ -4769,7 +4769,7 @@ async function relist() {
 function renew(fresh) {
   const old = new Map($$('li', list).map(li => [li.outerHTML, li])), focused = document.activeElement.id;
   const wanted = [...fresh.children].map(li => old.get(li.outerHTML) || li), kept = new Set(wanted);
-  for (const li of [...list.children]) if (!kept.has(li)) li.remove();
+  remove([...list.children].filter(li => !kept.has(li)));
   wanted.forEach((li, n) => { if (list.children[n] !== li) list.insertBefore(li, list.children[n] || null); });
   htmx.process(list);
   const title = $('[aria-current] > span', list)?.textContent, heading = $('#heading h1');
@@ -4874,7 +4874,7 @@ on('htmx:beforeRequest', e => {
     notice('It is sent as soon as its files are here.');
     return e.preventDefault();
   }
-  if (e.target.matches('form')) $('#notice').textContent = '';
+  if (e.target.matches('form')) notice('');
   if (e.target === composer) { sent = { text, chips }; $('#undo').replaceChildren(); }
   if (text !== undefined) pinned = true;
   if (e.target.matches('.walk')) pinned = false;
@@ -4882,7 +4882,7 @@ on('htmx:beforeRequest', e => {
 on('htmx:beforeSwap', e => { // a change of branch is answered by all that follows: it takes the place of what did
   const { target, requestConfig } = e.detail;
   if (!target.matches('.message') || requestConfig.verb !== 'post') return;
-  for (const old of $$(`#${target.id} ~ .message`)) old.remove();
+  remove($$(`#${target.id} ~ .message`));
 });
 composer.addEventListener('htmx:afterRequest', e => {
   if (e.detail.xhr.status < 200 || e.detail.xhr.status >= 300) return sent = null;
@@ -4890,13 +4890,12 @@ composer.addEventListener('htmx:afterRequest', e => {
   const reply = $$('.message').at(-1);
   if (reply && reply.dataset.status !== 'streaming') over(reply); // it was over before it could be shown
 });
-composer.addEventListener('htmx:sendError', () => {
-  $('#notice').textContent = 'Not sent: Parley can not be reached. Your text is still here.';
-});
+composer.addEventListener('htmx:sendError',
+  () => notice('Not sent: Parley can not be reached. Your text is still here.'));
 function emptied() {
   if (!sent) return;
   write(box.value.startsWith(sent.text) ? box.value.slice(sent.text.length) : box.value);
-  for (const chip of sent.chips) chip.remove();
+  remove(sent.chips);
   sent = null;
   if (box.value) later();
   toEnd();
@@ -4907,7 +4906,6 @@ function emptied() {
 const files = $('#files'), upload = $('#upload'), EDGE = 1568;
 let waiting = false, inside = 0;
 upload.name = '';
-const notice = words => { $('#notice').textContent = words; };
 async function scaled(file) {
   const image = /^image\/(png|jpeg|webp)$/.test(file.type) && await createImageBitmap(file).catch(() => null);
   const scale = image ? EDGE / Math.max(image.width, image.height) : 1;
@@ -4992,12 +4990,12 @@ function find() {
   }), ...hits);
   pick(choices.firstChild);
 }
-on('htmx:beforeSwap', e => { if (e.detail.target === choices) $$('.hit', choices).forEach(hit => hit.remove()); });
+on('htmx:beforeSwap', e => { if (e.detail.target === choices) remove($$('.hit', choices)); });
 on('htmx:afterSwap', e => {
   if (e.detail.target !== choices) return;
   const listed = new Set($$('#conversations a').map(a => a.pathname));
-  if (!query.value.trim() || !$('#palette').open) $$('.hit', choices).forEach(hit => hit.remove());
-  for (const hit of $$('.hit', choices)) if (!hit.dataset.message && listed.has(hit.dataset.to)) hit.remove();
+  if (!query.value.trim() || !$('#palette').open) remove($$('.hit', choices));
+  remove($$('.hit:not([data-message])', choices).filter(hit => listed.has(hit.dataset.to)));
   if (!picked()) pick(choices.firstChild);
   announce(choices.children.length + ' found');
 });
