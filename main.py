@@ -2635,8 +2635,8 @@ class Turns:
         request = self.claude.request([*path, replace(leaf, role='user', content=text, blocks=[], meta={})], choices)
         if ((await self.claude.weigh(request)) or 0) <= room: return
         raise Refused(413, f'With this the conversation is longer than the {room:,} tokens that '
-                           f'{self.claude.models[model].name} can read. Shorten it, choose another model, or go on with '
-                           'a summary where one is offered below. Nothing was sent.', text)
+                           f'{self.claude.models[model].name} can read. Shorten it, choose another model, or go on '
+                           'with a summary where one is offered below. Nothing was sent.', text)
 
     async def retry(self, owner, conversation, at=None, key=None) -> tuple[Message, Message]:
         "A new reply beside the reply `at`, by default beside the last one. Raises `Refused` as `ask` does."
