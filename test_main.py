@@ -1785,7 +1785,7 @@ def test_a_backup_by_the_page_has_no_tokens(workshop, tmp_path):
 
 @pytest.mark.parametrize('wrong', [
     {'name': 'two words'}, {'name': ''}, {'name': '<b>'}, {'url': 'http://mcp.example'}, {'url': 'https://'}, {'url': 'x'},
-    {'url': 'https://me:secret@mcp.example'}, {'url': 'https://a.example/ b'}, {'url': 'http://127.0.0.1.evil.example'},
+    {'url': 'https://me:canary@mcp.example'}, {'url': 'https://a.example/ b'}, {'url': 'http://127.0.0.1.evil.example'},
     {'url': 'javascript:alert(1)'}, {'token': 'short'}, {'token': 'has a space in it'}, {'url': 'https://a.example\\@b.example'}])
 def test_a_server_that_can_not_be_is_refused_and_what_was_typed_comes_back(workshop, wrong):
     typed = {'name': 'fine', 'url': 'https://a.example', 'token': 'canary-long-enough'} | wrong
