@@ -371,11 +371,11 @@ def in_words():
         raise Unusable(words or f'the database failed ({type(error).__name__})') from error
 
 @contextlib.contextmanager
-def transaction(conn, durable=False):
+def transaction(conn, durable=False, kind='immediate'):
     "One transaction. `durable` waits for the disk (FULL): a question survives a power cut, a frame a `kill -9`."
     try:
         if durable: conn.pragma('synchronous', 'full')
-        conn.execute('begin immediate')
+        conn.execute(f'begin {kind}')
         yield
         conn.execute('commit')
     except BaseException:
@@ -400,7 +400,8 @@ def verb(thread, scope=lambda conn: contextlib.nullcontext()):
         return call
     return wrap
 
-reads, writes = verb('reads'), verb('writes', transaction)
+reads = verb('reads', functools.partial(transaction, kind='deferred'))  # all that a verb reads is of one moment
+writes = verb('writes', transaction)
 writes_durably = verb('writes', functools.partial(transaction, durable=True))
 
 ENDLESS = 1 << 60  # deeper than any path

@@ -707,6 +707,31 @@ async def throw_away(store):
                                ) == [[0]] and rows(store.file, 'select id from conversation') == [[other.conversation]]
     store.close()
 
+def test_what_one_verb_reads_is_of_one_moment(tmp_path):
+    asyncio.run(read_while_others_write(main.Store(tmp_path / 'p.db')))
+
+async def read_while_others_write(store):
+    "Between all statements of a read somebody sends a question."
+    asked, reply, _ = await store.ask(main.OWNER, None, 'first', 'key', 'test')
+    await store.save([], [(reply.id, 'done', '', {})])
+    reader, others = store.db['reads'].conn, []
+    def write(cursor, sql, values):
+        if sql.lstrip().startswith(('select', 'with')):
+            others.append(len(others))
+            python(OPEN_DB + """
+leaf, = db.execute('select leaf from conversation').fetchone()
+db.execute("insert into message (conversation, owner, parent, idx, role, content, status, note, model) select "
+           "conversation, owner, id, idx + 1, 'user', 'late', 'done', '', '' from message where id = ?", [leaf])
+db.execute('update conversation set leaf = (select max(id) from message)')
+db.commit()""", store.file)
+        return True
+    reader.exec_trace = write
+    for _ in range(2):
+        found, path = await store.path(main.OWNER, asked.conversation, last=1)
+        assert len(path) == 1 and path[0].id == found.leaf and len(others) > 1
+        others.clear()
+    store.close()
+
 def test_the_database_and_all_beside_it_are_private(new_site, tmp_path):
     site = new_site(tmp_path / 'data')
     site.person().ask('hello').ended()
