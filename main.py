@@ -3741,6 +3741,10 @@ class Setup:
     @property
     def place(self): return (show.to(conversation_id=self.conversation) if self.conversation else '') + '/choices'
 
+def marks(choices: Mapping) -> dict[str, str]:
+    "Each value in a few digits: what a page showed, so that what was changed in it can be told from the rest."
+    return {name: str(zlib.crc32('\n'.join(str(value).splitlines()).encode())) for name, value in choices.items()}
+
 def thousands(n): return f'{n / 1e6:.3g}M' if n >= 1e6 else f'{n / 1e3:.3g}K' if n >= 1e3 else str(n)
 def dollars(rates): return f'${rates[0]:g} in, ${rates[1]:g} out'
 
@@ -3799,6 +3803,8 @@ def Fields(setup, **attrs):
             Label(Input(type='checkbox', name=(name := f'mcp-{server.id}'), value='on', checked=name in setup.choices,
                         **kept), server.name) for server in setup.servers], cls='row', role='group',
             aria_label='Connections') if setup.servers and setup.model.known else None,
+        Input(type='hidden', name='shown', form='composer',
+              value=urlencode(marks(setup.choices | {'model': setup.model.id}))),
         Act('Save all', 'save', cls='quiet unscripted'), P(setup.said, role='status'), id='fields', **attrs)
 
 def Panel(setup):
@@ -5360,7 +5366,7 @@ async def form_of(req: Request) -> dict[str, str]:
         try: form = dict(parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=most))
         except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
     most = parley(req).settings.max_field_chars
-    if all(len(value) <= most for name, value in form.items() if name not in ('message', 'system')): return form
+    if all(len(form[name]) <= most for name in form.keys() - {'message', 'system', 'shown'}): return form
     raise Refused(413, 'A field of this form is too long.', form.get('message', ''))
 
 async def files_of(req: Request) -> list[dict]:
@@ -5676,10 +5682,16 @@ def choices_in(req, form, before: Mapping = {}) -> dict:
     raise Refused(413, f'The system prompt has {size:,} characters; {limit:,} are allowed.', form.get('message', ''))
 
 async def keep(req, form, conversation=None) -> dict:
-    "The same, kept for a conversation if there is one."
-    here, me = parley(req), owner(req)
-    choices = choices_in(req, form, await here.store.choices(me, conversation) if conversation else {})
-    if conversation: await here.store.choose(me, conversation, choices)
+    """The same, kept for a conversation if there is one. What another page has changed since this one was loaded stays:
+    set is only the field that asks, without a script whatever differs from what was shown."""
+    if not conversation: return choices_in(req, form)
+    here, me, by = parley(req), owner(req), req.headers.get('hx-trigger-name')
+    before = await here.store.choices(me, conversation)
+    shown, now = dict(parse_qsl(form.get('shown', urlencode(marks(before))))), marks(form)
+    changed = [{'instead': 'model', 'prompt': 'system', 'do': 'system'}.get(by, by)] if by else [
+        name for name in {**now, **shown} if now.get(name, '0') != shown.get(name, '0')]  # nothing is 0
+    choices = choices_in(req, before | {name: form.get(name, '') for name in changed}, before)
+    await here.store.choose(me, conversation, choices)
     return choices
 
 async def chosen(req, conversation=None):
@@ -5692,8 +5704,10 @@ async def chosen(req, conversation=None):
     choices = await keep(req, form, conversation)
     if do == 'keep': await here.store.keep_prompt(me, form.get('prompt_name', '').strip()[:60], choices.get('system'))
     if do == 'drop': await here.store.drop_prompt(me, form.get('prompt'))
-    lost = [name for name in ('effort', 'thinking') if form.get(name) and name not in choices]
-    said = f'{here.claude.model_of(choices).name} does not take this {" and ".join(lost)}.' if lost else ''
+    model = here.claude.model_of(choices)
+    lost = [name for name, has in (('effort', model.efforts), ('thinking', model.ways))
+            if form.get(name, '') not in ('', *has)]
+    said = f'{model.name} does not take this {" and ".join(lost)}.' if lost else ''
     setup = await setup_of(req, conversation, choices, said)
     if by_htmx(req): return Fields(setup), Opener(setup, hx_swap_oob='true')
     more = {'setup': setup, 'typed': form.get('message', ''), 'notice': said}

@@ -1570,6 +1570,26 @@ def test_without_a_script_the_panel_keeps_what_was_typed(lab):
     chat.ended()
     assert body(lab, question)['model'] == 'claude-old-1'
 
+def filled(html, **changed):
+    "What the settings of a page post without a script, with some of them changed."
+    def value(name): return ''.join(picked(html, name)) or field(html, name).attrs.get('value') or plain(field(html, name).text)
+    return {name: value(name) for name in ('model', 'effort', 'max_tokens', 'system', 'shown')} | changed
+
+@pytest.mark.parametrize('script', [True, False])
+def test_an_older_page_changes_only_the_setting_that_is_changed_in_it(lab, script):
+    chat = lab.person().ask('One.', model='claude-nova-1', effort='low', system='Hm.\nHm.')
+    chat.ended()
+    old = chat.page()
+    chat.post('/choices', **filled(chat.page(), effort='max', system='New.'), headers={'HX-Trigger-Name': 'effort'})
+    chat.post('/choices', **filled(chat.page(), system='Newer.\r\nYes.'), htmx=False)
+    by = {'HX-Trigger-Name': 'max_tokens'} if script else {}
+    chat.post('/choices', **filled(old, max_tokens='500', system='Hm.\r\nHm.'), headers=by, htmx=script)
+    now = chat.page()
+    assert picked(now, 'effort') == ['max'] and plain(field(now, 'system').text) == 'Newer. Yes.'
+    assert field(now, 'max_tokens').attrs['value'] == '500' and picked(now, 'model') == ['claude-nova-1']
+    chat.post('/choices', **filled(now, system=''), headers={'HX-Trigger-Name': 'system'} if script else {}, htmx=script)
+    assert not plain(field(chat.page(), 'system').text)
+
 def test_a_prompt_is_kept_under_a_name_used_and_deleted(lab):
     me = lab.person()
     kept = me.post('/choices', do='keep', prompt_name=' Poet ', system='Rhyme.').text
