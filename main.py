@@ -3478,7 +3478,7 @@ MOST_STEPS, LONGEST_STEP = 200, 20_000  # of one reply that are shown; character
 
 @dataclass
 class Step:
-    "Something Claude did beside writing: a content block, and the one with its result. `n` counts from 0."
+    "Something Claude did beside writing: a content block, and that of its result, {} if none came. `n` counts from 0."
     n: int
     block: dict
     result: dict | None = None
@@ -3502,7 +3502,14 @@ def take_step(steps: list[Step], block: dict) -> Step | None:
 def steps_of(blocks):
     steps = []
     for block in blocks: take_step(steps, block)
+    left_open(steps)
     return steps
+
+def left_open(steps) -> list[Step]:
+    "The calls that are without a result when their reply is over: none will come."
+    left = [step for step in steps if step.result is None and step.block['type'].endswith('tool_use')]
+    for step in left: step.result = {}
+    return left
 
 def cut(text): return text if len(text) <= LONGEST_STEP else text[:LONGEST_STEP] + ' … (cut)'
 def in_json(value):
@@ -3519,6 +3526,7 @@ def Source(url, title, age=''):
 
 def Result(result):
     "What a tool brought: pages, texts, or why there is nothing."
+    if not result: return P('The reply ended before a result came.')
     content = result.get('content')
     if isinstance(content, dict) and 'error_code' in content:
         return P(f'It failed: {str(content["error_code"])[:60].replace("_", " ")}.')
@@ -3548,12 +3556,13 @@ def told_step(step):
     name = ' · '.join(str(part)[:80] for part in (block.get('server_name'), block.get('name') or block['type']) if part)
     return f'{"Used" if done else "Using"} {name}', in_json(asked)
 
-def StepSummary(idx, step, **attrs): return Summary(told_step(step)[0], id=f'sum-{idx}-{step.n}', **attrs)
+def StepSummary(idx, step, **attrs):
+    return Summary(told_step(step)[0] + ': no result came' * (step.result == {}), id=f'sum-{idx}-{step.n}', **attrs)
 
 def StepBody(idx, step, **attrs):
     words = told_step(step)[1]
     return Div(Pre(words, id=f'said-{idx}-{step.n}') if words is not None else None,
-               Result(step.result) if step.result else None,
+               Result(step.result) if step.result is not None else None,
                id=f'step-{idx}-{step.n}', **attrs)
 
 def StepFold(idx, step): return Details(StepSummary(idx, step), StepBody(idx, step))
@@ -3659,7 +3668,8 @@ class LiveReply:
     def _add(self, changes):
         reply, last = self.turn.reply, self.finished and not self.closed
         frame = self._steps() + ''.join(Frame(reply.idx, change) for change in changes)
-        if last: frame += f'<div hx-swap-oob="delete:#tail-{reply.idx}"></div>'
+        if last: frame += (''.join(map(self._changed, left_open(self.steps)))
+                           + f'<div hx-swap-oob="delete:#tail-{reply.idx}"></div>')
         if last or self.notice != self.turn.notice:
             self.notice = self.turn.notice
             frame += StateFrame(reply, self.notice)
@@ -3684,9 +3694,12 @@ class LiveReply:
             if len(self.steps) > known:
                 frames += framed(Div(StepFold(idx, step), hx_swap_oob=f'beforeend:#steps-{idx}'))
             else:
-                frames += framed(StepSummary(idx, step, hx_swap_oob='true'))
-                if step.result: frames += framed(StepBody(idx, step, hx_swap_oob='true'))
+                frames += self._changed(step)
         return frames
+
+    def _changed(self, step):
+        parts = [StepSummary] if step.result is None else [StepSummary, StepBody]
+        return ''.join(framed(part(self.turn.reply.idx, step, hx_swap_oob='true')) for part in parts)
 
     def look(self): return self.html(), self.steps
 

@@ -1670,6 +1670,14 @@ def test_thinking_and_searching_are_shown_as_they_happen_and_after_a_reload(me, 
     assert steps(tab.page) == steps(Page(chat.page())) and 'javascript:' not in chat.page()
     assert chat.reply['content'] == 'Tea[¹](<https://a.example/x> "hot").'
 
+def test_a_call_without_a_result_says_so_once_the_reply_is_over(me, upstream):
+    chat = me.ask(upstream.plays(raw(MESSAGE, SEARCH[0], HANG)))
+    tab = chat.watch()
+    while not any('Searching' in told for told in steps(tab.page)[1]): assert tab.read()
+    chat.stop(), tab.ends()
+    assert steps(tab.page) == ('The reply ended before a result came.', ['Searched for “<i>tea</i>”: no result came'])
+    assert steps(Page(chat.page())) == steps(tab.page)
+
 def test_a_call_that_is_waited_for_goes_back_with_the_pause_and_its_result_comes_after_it(me, upstream):
     chat = me.ask(question := upstream.plays(raw(MESSAGE, SEARCH[0], end('pause_turn')), raw(
         MESSAGE, SEARCH[1], end('pause_turn')), raw(MESSAGE, writes(0, 'Tea.'), end())))
