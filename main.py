@@ -4134,6 +4134,7 @@ def Usage(rows, days, spent, cap):
                  '. Titles and summaries are counted; of a reply that was cut off the end is estimated.'
                  + ' ≥ where the price of some calls is unknown.' * any(row['unknown'] for row in rows)),
                cls='content usage')
+
 def Connections(servers, said='', name='', url=''):
     "The servers whose tools Claude may use. What stands after a `?` may be a secret, as a token is."
     def Row(server):
@@ -5405,7 +5406,7 @@ async def bubble(req, message, make=Reply):
         live = LiveReply.of(turn)
         return make(message, *await live.now(live.look))
     if message.status == RUNNING:  # it has ended since it was read
-        message = await parley(req).store.message(owner(req), message.conversation, message.idx)
+        message = await parley(req).store.message(owner(req), message.conversation, message.idx, message.id)
     return make(message, await parley(req).shelf.content(message))
 
 async def transcript(req, path, edit=None):
@@ -5987,7 +5988,6 @@ async def watch(ws, conversation_id, msg_idx):
     except Exception as error:  # noqa: BLE001 no close frame would be a loop of reconnections
         log.error('a socket failed: %s', type(error).__name__)
         with contextlib.suppress(WebSocketDisconnect, RuntimeError): await ws.close(4500)
-
 
 async def follow(ws, live):
     "Send the reply as it grows; what is sent has been committed."
