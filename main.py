@@ -3548,7 +3548,9 @@ def told_step(step):
             seconds = block.get('seconds')
             words = f'Thought for {seconds:.0f} s' if isinstance(seconds, float) else 'Thought'
             return 'Thinking' if block.get('open') else words, ''.join(block.get('thinking', ''))
-        case 'redacted_thinking', _: return 'Thought something that is kept, but encrypted by the model’s makers', None
+        case 'redacted_thinking', _:
+            return 'Thought something that is hidden', ('The makers of the model have encrypted this part of what it '
+                                                        'thought. It is kept, and only they can read it.')
         case _, 'web_search':
             return f'{"Searched" if done else "Searching"} for “{str(asked.get("query", ""))[:200]}”', None
         case _, 'web_fetch':

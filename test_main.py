@@ -1708,6 +1708,7 @@ def test_an_answer_goes_back_block_for_block(me, upstream):
         MESSAGE, thinks(0, 'hm'), *SEARCH, writes(3, 'Tea'), writes(4, ' is hot', cites('https://a.example/x', 'hot')),
         block(5, redacted), block(6, unknown), writes(7, 'So.'), end())))
     assert chat.ended()['content'] == 'Tea is hot[¹](<https://a.example/x> "hot")\n\nSo.'
+    assert 'encrypted this part' in steps(Page(chat.page()))[0]
     chat.say(question := upstream.says('well')).ended()
     (call,) = upstream.called(question)
     assert call.body['messages'][1]['content'] == [
