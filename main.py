@@ -3558,8 +3558,15 @@ def told_step(step):
     name = ' · '.join(str(part)[:80] for part in (block.get('server_name'), block.get('name') or block['type']) if part)
     return f'{"Used" if done else "Using"} {name}', in_json(asked)
 
+def went_wrong(result):
+    "What is to be seen of a result before its fold is opened."
+    if result is None: return ''
+    content = result.get('content')
+    if result.get('is_error') or isinstance(content, dict) and 'error_code' in content: return ': it failed'
+    return '' if result else ': no result came'
+
 def StepSummary(idx, step, **attrs):
-    return Summary(told_step(step)[0] + ': no result came' * (step.result == {}), id=f'sum-{idx}-{step.n}', **attrs)
+    return Summary(told_step(step)[0] + went_wrong(step.result), id=f'sum-{idx}-{step.n}', **attrs)
 
 def StepBody(idx, step, **attrs):
     words = told_step(step)[1]

@@ -1678,6 +1678,13 @@ def test_a_call_without_a_result_says_so_once_the_reply_is_over(me, upstream):
     assert steps(tab.page) == ('The reply ended before a result came.', ['Searched for “<i>tea</i>”: no result came'])
     assert steps(Page(chat.page())) == steps(tab.page)
 
+def test_a_search_that_failed_says_so_before_it_is_opened(me, upstream):
+    failed = {'type': 'web_search_tool_result_error', 'error_code': 'max_uses_exceeded'}
+    chat = me.ask(upstream.plays(raw(MESSAGE, SEARCH[0], block(
+        2, {'type': 'web_search_tool_result', 'tool_use_id': 's1', 'content': failed}), writes(3, 'Hm.'), end())))
+    told = 'It failed: max uses exceeded.', ['Searched for “<i>tea</i>”: it failed']
+    assert steps(chat.watch().ends().page) == told == steps(Page(chat.page()))
+
 def test_a_call_that_is_waited_for_goes_back_with_the_pause_and_its_result_comes_after_it(me, upstream):
     chat = me.ask(question := upstream.plays(raw(MESSAGE, SEARCH[0], end('pause_turn')), raw(
         MESSAGE, SEARCH[1], end('pause_turn')), raw(MESSAGE, writes(0, 'Tea.'), end())))
@@ -1890,6 +1897,7 @@ def test_a_tool_that_fails_and_an_api_that_quotes_the_token_are_told_without_it(
     failed = block(2, {'type': 'mcp_tool_result', 'tool_use_id': 'm1', 'is_error': True, 'content': 'no such place'})
     chat = me.ask(upstream.plays(raw(MESSAGE, CALLED[0], failed, writes(3, 'Well.'), end())), model='claude-sonnet-5-5')
     assert chat.ended() and 'It failed.' in chat.tab().said and 'no such place' in chat.tab().said
+    assert steps(chat.tab().page)[1] == ['Used notes · <i>look</i>: it failed']
     told = json.dumps({'type': 'error', 'error': {'type': 'invalid_request_error', 'message': f'MCP server refused {TOKEN}'}})
     chat = me.ask(upstream.plays(raw(told.encode(), status=400, content_type='application/json')), **{
         'model': 'claude-sonnet-5-5', 'mcp-1': 'on'})
