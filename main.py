@@ -1696,7 +1696,7 @@ class Fault(Exception):
 
 STOPS = {'end_turn': '', 'stop_sequence': '',
          'max_tokens': 'The answer reached the most tokens allowed: its maximum output, or MAX_TOKENS.',
-         'refusal': 'Claude declined to go on with this.',
+         'refusal': 'Claude declined to go on with this.', 'tool_use': 'Claude called a tool that is not here.',
          'model_context_window_exceeded': 'The conversation has grown longer than the model can read.',
          'pause_turn': 'Claude paused too often and was not asked again.'}
 FOREIGN = 'The server at the base URL does not speak the Messages API.'
@@ -3366,7 +3366,8 @@ def Standing(message):
                 cls='standing last')
 
 REASONS = {'end_turn': 'all was said', 'stop_sequence': 'a stop sequence', 'max_tokens': 'its maximum output',
-           'refusal': 'a refusal', 'pause_turn': 'a pause', 'model_context_window_exceeded': 'the end of the context'}
+           'refusal': 'a refusal', 'pause_turn': 'a pause', 'tool_use': 'a call of a tool',
+           'model_context_window_exceeded': 'the end of the context'}
 MISSES = {'model_changed': 'another model answered before', 'system_changed': 'the system prompt has changed',
           'tools_changed': 'the tools have changed', 'messages_changed': 'an earlier message has changed',
           'previous_message_not_found': 'the request before is not on record any more',

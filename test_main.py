@@ -1952,6 +1952,7 @@ FAULTS = {
     'max_tokens': ([says('half', stop='max_tokens')], 'done', 'half', 1, r'(?i)half.*(limit|length|token|max)'),
     'refusal': ([says('half', stop='refusal')], 'done', 'half', 1, r'(?i)half.*(refus|declin)'),
     'context': ([says('half', stop='model_context_window_exceeded')], 'done', 'half', 1, r'(?i)half.*(context|long)'),
+    'tool_use': ([says('half', stop='tool_use')], 'done', 'half', 1, r'(?i)half.*called a tool.*a call of a tool'),
     'pause_turn': ([says('one, ', stop='pause_turn'), says('two')], 'done', 'one, two', 2, 'one, two'),
     'pause_turn without end': ([says('x', stop='pause_turn')], 'done interrupted', None, None, ANY)}
 
