@@ -1702,6 +1702,7 @@ STOPS = {'end_turn': '', 'stop_sequence': '',
 FOREIGN = 'The server at the base URL does not speak the Messages API.'
 BROKE_OFF = 'The connection to Claude broke off.'
 BUSY = 'Claude is busy'
+LEAST_THINKING = 1024  # tokens; an answer must have room for more
 TRIES, LONGEST_WAIT, RESUMES, LONGEST_EVENT, LONGEST_REFUSAL = 3, 15, 10, 4_000_000, 65_536
 LONGEST_LIST, MOST_MODELS = 1_000_000, 300
 
@@ -2106,7 +2107,8 @@ class Claude:
             request['thinking'] = {'type': 'disabled' if 'disabled' in model.thinking else 'between_tools'}
             if effort not in EFFORTS[:3]: effort = effort and 'high'  # more is refused without thinking
         elif 'adaptive' in model.thinking: request['thinking'] = {'type': 'adaptive', 'display': 'summarized'}
-        elif think and most > 1024: request['thinking'] = {'type': 'enabled', 'budget_tokens': max(1024, most // 2)}
+        elif think and most > LEAST_THINKING:
+            request['thinking'] = {'type': 'enabled', 'budget_tokens': max(LEAST_THINKING, most // 2)}
         if effort in model.efforts: request['output_config'] = {'effort': effort}
         if 'web' in choices: request['tools'] = [
             {'type': f'{name}_20260318', 'name': name, 'max_uses': self.settings.max_searches,
@@ -3791,6 +3793,8 @@ def Models(setup):
     groups = groupby(there, lambda m: m.line.title() if m.lifecycle == 'active' else m.lifecycle.title())
     return [Optgroup(*map(option, some), label=name or 'Others') for name, some in groups]
 
+def Said(setup, **attrs): return P(setup.said, id='chosen', role='status', **attrs)
+
 def Fields(setup, **attrs):
     """What can be chosen, and only what this model has. The fields belong to the composer's form, so that a first
     question takes them along; of a conversation that has begun each is kept as it changes, by script or with Save."""
@@ -3828,7 +3832,7 @@ def Fields(setup, **attrs):
             aria_label='Connections') if setup.servers and setup.model.known else None,
         Input(type='hidden', name='shown', form='composer',
               value=urlencode(marks(setup.choices | {'model': setup.model.id}))),
-        Act('Save all', 'save', cls='quiet unscripted'), P(setup.said, role='status'), id='fields', **attrs)
+        Act('Save all', 'save', cls='quiet unscripted'), Said(setup), id='fields', **attrs)
 
 def Panel(setup):
     id = setup.conversation
@@ -5469,10 +5473,13 @@ async def setup_of(req, conversation=None, choices=None, said='') -> Setup:
     here = parley(req)
     if choices is None: choices = await here.turns.first_choices(owner(req))
     model = here.claude.model_of(choices)
+    held, longest = here.claude.valid(choices, choices), here.claude.longest(model)
+    if held.get('thinking') == 'on' and held.get('max_tokens', longest) <= LEAST_THINKING:
+        said += f' {model.name} only thinks where an answer may have more than {LEAST_THINKING:,} tokens.'
     models = list((here.claude.models | {model.id: model}).values())
     return Setup(conversation, choices, model, models, {m.id: here.claude.rates(m.id) for m in models},
                  here.claude.nearest(model), await here.store.prompts(owner(req)), await here.store.servers(owner(req)),
-                 here.claude.longest(model), here.settings.max_system_chars, said)
+                 longest, here.settings.max_system_chars, said.strip())
 
 @rt.get('/')
 async def home(req):
@@ -5733,8 +5740,8 @@ async def chosen(req, conversation=None):
             if form.get(name, '') not in ('', *has)]
     said = f'{model.name} does not take this {" and ".join(lost)}.' if lost else ''
     setup = await setup_of(req, conversation, choices, said)
-    if by_htmx(req): return Fields(setup), Opener(setup, hx_swap_oob='true')
-    more = {'setup': setup, 'typed': form.get('message', ''), 'notice': said}
+    if by_htmx(req): return Fields(setup), Opener(setup, hx_swap_oob='true'), Said(setup, hx_swap_oob='innerHTML')
+    more = {'setup': setup, 'typed': form.get('message', ''), 'notice': setup.said}
     return await (shown(req, conversation, **more) if conversation else page(req, 'Parley', Empty(setup.model), **more))
 
 @rt.post('/c/{conversation_id}/retry')

@@ -1609,6 +1609,16 @@ def test_a_system_prompt_that_is_too_long_is_refused_in_words(lab):
         answer = (chat or me).post(path, htmx=False, message='precious', model='claude-nova-1', system='x' * 100)
         assert answer.status_code == 413 and '99' in answer.text and 'precious' in answer.text
 
+def test_thinking_that_has_no_room_says_so(lab):
+    chat = lab.person().ask('One.', model='claude-old-1', thinking='on', max_tokens='1024')
+    chat.ended()
+    said = 'only thinks where an answer may have more than 1,024 tokens'
+    assert said in chat.page() and said in chat.post('/choices', htmx=False, model='claude-old-1', thinking='on', max_tokens='9').text
+    told = chat.post('/choices', max_tokens='1024', headers={'HX-Trigger-Name': 'max_tokens'}).text
+    assert said in next(n for n in Page(told).root.children if n.attrs.get('hx-swap-oob') == 'innerHTML').text
+    assert said not in chat.post('/choices', max_tokens='1025', headers={'HX-Trigger-Name': 'max_tokens'}).text
+    assert said not in chat.post('/choices', model='claude-old-1', max_tokens='9').text
+
 def test_a_retired_model_says_so_and_offers_the_next_of_its_line(lab):
     me = lab.person()
     chat = me.ask(lab.upstream.says('One.'), system='Hm.')
