@@ -3519,13 +3519,19 @@ def in_json(value):
     try: return cut(json.dumps(value, ensure_ascii=False, indent=1)) if value else ''
     except RecursionError: return '…'  # deeper than anybody reads
 
+def Age(said):
+    "When a page is from: a day where that is said in figures, else the words for it."
+    try: day = str(datetime.fromisoformat(said).date())
+    except ValueError: return said[:40]
+    return Time(day, datetime=day)
+
 def Source(url, title, age=''):
     "A page that a tool found: a link if it leads to a host, which is said."
     host = host_of(str(url), ('http', 'https'))
     words = str(title or url)[:200]
     if not host: return Li(words)
     return Li(A(words, href=str(url), target='_blank', rel='noopener noreferrer nofollow'),
-              Span(f' {host}', cls='host'), f' · {str(age)[:40]}' if age else None)
+              Span(f' {host}', cls='host'), *[' · ', Age(str(age))] if age else [])
 
 def Result(result):
     "What a tool brought: pages, texts, or why there is nothing."
@@ -4704,7 +4710,8 @@ function dress(root) {
   }
   for (const time of $$('time:not([title])', root)) {
     time.title = time.textContent;
-    time.textContent = new Date(time.dateTime).toLocaleString([], { dateStyle: 'medium', timeStyle: 'short' });
+    const [day, clock] = time.dateTime.split('T'), timeStyle = clock && 'short'; // a day is the same day everywhere
+    time.textContent = new Date(`${day}T${clock || '00:00'}`).toLocaleString([], { dateStyle: 'medium', timeStyle });
   }
   for (const image of $$('.image[data-src]', root)) Object.assign(image, { role: 'link', tabIndex: 0 });
 }

@@ -1688,6 +1688,12 @@ def test_a_call_without_a_result_says_so_once_the_reply_is_over(me, upstream):
     assert steps(tab.page) == ('The reply ended before a result came.', ['Searched for “<i>tea</i>”: no result came'])
     assert steps(Page(chat.page())) == steps(tab.page)
 
+@pytest.mark.parametrize('said, shown', [
+    ('2025-08-25T22:30:00Z', '<time datetime="2025-08-25">2025-08-25</time>'), ('2025-02-31', '2025-02-31'),
+    ('2025-08-25', '<time datetime="2025-08-25">2025-08-25</time>'), ('April 30, 2025', 'April 30, 2025'), (7, '7')])
+def test_the_age_of_a_page_is_a_day(said, shown):
+    assert f' · {shown}</li>' in main.framed(main.Source('https://a.example/x', 'A page', said))
+
 def test_a_search_that_failed_says_so_before_it_is_opened(me, upstream):
     failed = {'type': 'web_search_tool_result_error', 'error_code': 'max_uses_exceeded'}
     chat = me.ask(upstream.plays(raw(MESSAGE, SEARCH[0], block(
@@ -5683,6 +5689,15 @@ def test_a_server_is_connected_switched_on_and_its_call_is_seen(profile, worksho
     page.locator('#steps-1 summary').tap()
     assert page.locator('#steps-1').inner_text() == shown and page.locator('[name=mcp-1]').is_checked()
     assert 'canary' not in page.content() and not view.console
+
+@browser_test
+def test_a_day_is_the_same_everywhere_and_a_time_is_the_readers(profile, site, upstream):
+    view = View(profile(timezone_id='America/Los_Angeles', locale='en-US'), site.url)
+    found = block(2, {'type': 'web_search_tool_result', 'tool_use_id': 's1', 'content': [PAGES[0] | {'page_age': '2025-08-25'}]})
+    view.send(upstream.plays(raw(MESSAGE, SEARCH[0], found, writes(3, 'Tea.'), end()))).ends()
+    assert view.eventually(lambda: view.page.locator('#steps-1 time').text_content() == 'Aug 25, 2025')
+    assert re.fullmatch(r'\w+ \d+, \d{4}, \d+:\d\d.[AP]M', view.page.locator('#msg-1 .actions time').text_content())
+    assert not view.console
 
 @browser_test
 def test_on_a_phone_the_sidebar_is_an_overlay_without_javascript_too(profile, site):
