@@ -630,6 +630,17 @@ def broken_off(kind: str, content: bytes) -> bool:
             or kind == 'image/gif' and not content.rstrip(b'\0').endswith(b';')
             or kind == 'image/webp' and int.from_bytes(content[4:8], 'little') + 8 > len(content))
 
+def kind_of_new(name: str, content: bytes) -> str:
+    """The same of a file that is sent here: it must not be text under the name of an image or a PDF, and an image must
+    end where its file does, but for zeros. Those that came in before stay what they are."""
+    kind, whole, size = kind_of(content), content.rstrip(b'\0'), int.from_bytes(content[4:8], 'little') + 8
+    if kind == PLAIN_TEXT and re.search(r'\.(png|jpe?g|gif|webp|pdf)$', name, re.IGNORECASE):
+        raise Refused(415, 'its name is one of an image or a PDF, but it is text')
+    if (kind == 'image/png' and whole.partition(b'IEND\xaeB`\x82')[2] or kind == 'image/webp' and len(whole) > size
+            or kind == 'image/jpeg' and not whole.endswith(b'\xff\xd9')):
+        raise Refused(422, 'it is no whole image, or something else stands behind it')
+    return kind
+
 def file_name(said: str) -> str:
     "What a file is called here: its name without a path, in printable characters, not too long. It is only ever shown."
     name = ''.join(filter(str.isprintable, re.split(r'[/\\]', said)[-1])).strip(' .')
@@ -2602,7 +2613,7 @@ class Turns:
         self.files.take(owner)
         try:
             if len(content) > most: raise Refused(413, f'a file may have {weight_in_words(most)}')
-            kind = await asyncio.to_thread(kind_of, content)
+            kind = await asyncio.to_thread(kind_of_new, name, content)
             sha = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
             await self.store.keep_file(owner, sha, kind, content)
         except Refused as no: raise Refused(no.status, f'“{name}” can’t be attached: {no.words}.') from None

@@ -2438,6 +2438,25 @@ def test_a_file_that_can_not_be_read_is_refused_in_words(content, status, says):
     with pytest.raises(main.Refused) as no: main.kind_of(content)
     assert no.value.status == status and says in no.value.words
 
+BEHIND = 'something else stands behind it'
+
+@pytest.mark.parametrize('name, content, status, says', [
+    *((f'a.{end}', text, 415, 'it is text') for text in (SVG, HTML, b'GIF87 no', HTML + PAPER)
+      for end in ('png', 'JPG', 'jpeg', 'gif', 'webp', 'Pdf')),
+    *((name, image + more, 422, BEHIND) for name, image in (('a.png', png()), ('b', jpeg()), ('c.webp', WEBPS[0]))
+      for more in (HTML, PAPER, b'\0PK\3\4')),
+    ('a.gif', gif() + PAPER, 422, 'no whole image'), ('a.jpg', jpeg()[:-2], 422, 'no whole image'),
+    ('a.png', png() + png(), 422, BEHIND)])
+def test_a_file_that_pretends_is_refused_in_words(desk, name, content, status, says):
+    no = upload(desk.person(), (name, content))
+    assert no.status_code == status and f'“{name}” can’t be attached' in no.text and says in no.text
+
+@pytest.mark.parametrize('name, content', [
+    ('a.jpg', png()), ('a.png', jpeg()), ('a.pdf', gif()), ('a.gif', PAPER), ('png', SVG), ('a.png.txt', HTML), ('a.svg', SVG),
+    *((f'x.{n}', image + bytes(n)) for image in (png(), jpeg(), gif(), *WEBPS) for n in (0, 3))])
+def test_a_file_of_another_ending_is_taken_for_what_it_is(name, content):
+    assert main.kind_of_new(name, content) == main.kind_of(content)
+
 @pytest.mark.parametrize('said, name', [
     ('photo.png', 'photo.png'), ('../../etc/passwd', 'passwd'), ('C:\\Users\\me\\a b.txt', 'a b.txt'), ('', 'file'),
     ('a\r\nSet-Cookie: x\0.png', 'aSet-Cookie: x.png'), ('gpj\u202e.exe\ud800', 'gpj.exe'), ('..', 'file'),
@@ -2532,7 +2551,7 @@ with sqlite3.connect(sys.argv[1], timeout=5) as db:
     db.execute('pragma foreign_keys = on'); db.execute('delete from conversation where id = ?', sys.argv[2:])'''
 
 @pytest.mark.parametrize('file, kind', [
-    (pixels('page.html', 6), 'image/png'), (('evil.png', SVG), 'text/plain'), (('evil.pdf', HTML), 'text/plain'),
+    (pixels('page.html', 6), 'image/png'), (('evil.svg', SVG), 'text/plain'), (('evil.html', HTML), 'text/plain'),
     (('x.html', PAPER), 'application/pdf')])
 def test_a_file_is_served_as_what_it_is_and_nothing_in_it_runs(desk, file, kind):
     me = desk.person()
