@@ -5424,7 +5424,8 @@ async def files_of(req: Request) -> list[dict]:
     if len(found) < len(names): refusals.append(Refused(422, 'A file is not here any more: attach it again.'))
     for part in form.getlist('upload')[:most + 1]:
         if isinstance(part, str) or not part.filename and not part.size: continue
-        try: found.append(await here.turns.attach(owner(req), part.filename or '', await part.read()))
+        name = (part.filename or '').replace('%22', '"')  # as browsers write it in the head of a part
+        try: found.append(await here.turns.attach(owner(req), name, await part.read()))
         except Refused as no: refusals.append(no)
     req.state.files = found[:most]
     if len(found) > most: refusals.append(Refused(413, f'{most} files can go with one message.'))
