@@ -3806,7 +3806,7 @@ def Models(setup):
         rates = setup.rates[m.id]
         return Option(m.name + (f' · {dollars(rates)}' if rates else ''), value=m.id, selected=m.id == setup.model.id)
     there = [m for m in setup.models if m.lifecycle != 'retired' or m.id == setup.model.id]
-    there.sort(key=lambda m: (m.lifecycle != 'active', m.line))
+    there.sort(key=lambda m: (m.lifecycle != 'active', not m.line, m.line))
     groups = groupby(there, lambda m: m.line.title() if m.lifecycle == 'active' else m.lifecycle.title())
     return [Optgroup(*map(option, some), label=name or 'Others') for name, some in groups]
 
@@ -3826,7 +3826,8 @@ def Fields(setup, **attrs):
         now = setup.choices.get(name)
         if not values: return None
         return Row(words, Select(Option(default, value=''), *[
-            Option(v.title(), value=v, selected=v == now) for v in values], id=name, name=name, **kept))
+            Option('Extra high' if v == 'xhigh' else v.title(), value=v, selected=v == now) for v in values],
+            id=name, name=name, **kept))
     return Div(
         Row('Model', Select(*Models(setup), id='model', name='model', **anew)),
         Abilities(setup.model, setup.rates[setup.model.id]),

@@ -1556,6 +1556,8 @@ def test_the_panel_offers_what_the_model_has_and_nothing_else(lab):
     assert not field(bare, 'effort') and not field(bare, 'thinking') and 'does not take this effort' in bare
     assert '[]' not in bare and '()' not in bare and 'Hm.' in bare and 'retires 2027-02-03' in last and 'price is unknown' in last
     assert 'claude-gone-1' not in options(nova, 'model') and '<script>' not in nova
+    assert [group.attrs['label'] for group in field(nova, 'model').children if not isinstance(group, str)] \
+        == ['Haiku', 'Nova', 'Others', 'Deprecated']
 
 def test_without_a_script_the_panel_keeps_what_was_typed(lab):
     me = lab.person()
@@ -4206,7 +4208,7 @@ def test_no_file_of_the_machine_is_served(me, path): assert me.get(path).status_
 
 def test_without_a_key_the_demo_model_answers_and_says_so(new_site):
     me = new_site(api_key=None, demo=True).person()
-    assert 'demo' in me.get('/').text.lower()
+    assert 'demo' in me.get('/').text.lower() and 'Extra high' in me.get('/').text
     tab = me.ask('hello').watch().ends()
     assert (tab.code, tab.status) == (1000, 'done') and tab.text and tab.frames > 2
 
