@@ -3475,9 +3475,8 @@ def Files(files): return Ul(*[Li(File(file)) for file in files], cls='files', ar
 def Chip(file):
     "A file that goes with the next message, unless it is removed: by script, or by taking its mark away."
     needs = 'image' if file['kind'] in IMAGES else 'pdf' if file['kind'] == PDF else 'text'
-    return Li(File(file), Span('The model can’t read this.', cls='unread'),
-              Input(type='checkbox', name='file', value=f'{file["sha"]} {file["name"]}', checked=True, cls='unscripted',
-                    aria_label=f'Send {file["name"]}'),
+    return Li(File(file), Input(type='checkbox', name='file', value=f'{file["sha"]} {file["name"]}', checked=True,
+                                cls='unscripted', aria_label=f'Send {file["name"]}'),
               Remove(file['name']), cls='chip', data_needs=needs)
 
 def Remove(name):
@@ -3879,6 +3878,7 @@ def Composer(typed='', notice='', to='', setup=None, after=None, files=()):
     return Form(
         Label('Message', _for='message', cls='unseen'), Key(), After(after),
         Ul(*map(Chip, files), id='files', cls='files', aria_label='Files to send'), Coming(),
+        P('The model can’t read this.', cls='unread'),
         Input(type='file', id='upload', name='upload', multiple=True, aria_label='Attach files'),
         Div(Button(Icon('file'), Unseen('Attach files'), type='button', cls='attach round scripted',
                    title='Attach files', data_action='Attach files'),
@@ -4257,9 +4257,9 @@ kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px sol
 @media (scripting) { .unscripted, #upload, .state #stop { display: none; } }
 
 /* What several pieces share */
-.what, .unread, .under, #panel p, #search li p, #choices li::after, #conversations h2 { color: var(--soft);
-  font-size: var(--tiny); }
-:is(.state, .listing, .data) .quiet, #undo .quiet, #fields button, #opener [name=instead] {
+.what, .unread, .under, #panel p, #search li p, #choices li::after, .listing li h2, #conversations h2 {
+  color: var(--soft); font-size: var(--tiny); }
+:is(.state, .listing, .data) .quiet, #undo .quiet, #fields button, #opener [name=instead], #search > form button {
   border: 1px solid var(--edge); }
 :is(.state, .listing, .data) .quiet, #undo .quiet { color: var(--ink); padding: .25rem .75rem; }
 summary { width: fit-content; cursor: pointer; border-radius: .25rem; }
@@ -4448,10 +4448,14 @@ input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
 .chip .remove { position: absolute; top: 0; right: 0; translate: 40% -40%; background: none; }
 .remove svg { width: 1.375rem; height: 1.375rem; padding: .25rem; border-radius: 50%; color: var(--page);
   background: var(--soft); stroke-width: 3; } .remove:hover svg { background: var(--ink); }
-.unread { display: none; color: var(--accent); max-width: 8rem; padding-right: .75rem; }
-:has(> * > #opener:not([data-reads~=image])) [data-needs=image] .unread,
-:has(> * > #opener:not([data-reads~=pdf])) [data-needs=pdf] .unread { display: block; }
-#files { padding: .5rem .75rem 0 .25rem; } [data-role=user] .content:empty { display: none; }
+.unread { display: none; margin: 0 .75rem .375rem; color: var(--accent); }
+#composer:has(#opener:not([data-reads~=image])) [data-needs=image],
+#composer:has(#opener:not([data-reads~=pdf])) [data-needs=pdf] {
+  & :is(.name, img) { border: 1px dashed var(--accent); } &::after { content: '' / 'The model can’t read it.'; } }
+#composer:has(#opener:not([data-reads~=image])) :has([data-needs=image]) ~ .unread,
+#composer:has(#opener:not([data-reads~=pdf])) :has([data-needs=pdf]) ~ .unread { display: block; }
+#files { padding: .5rem .75rem 0 .25rem; } #upload { margin-bottom: .375rem; color: var(--soft); }
+[data-role=user] .content:empty { display: none; }
 .dropping::after { content: 'Drop files to attach them'; position: fixed; inset: .75rem; z-index: 9; display: grid;
   place-items: center; border: 2px dashed var(--accent); border-radius: .875rem; pointer-events: none;
   background: color-mix(in srgb, var(--page) 85%, transparent); color: var(--accent); font-size: 1.275rem; }

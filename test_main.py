@@ -5281,9 +5281,9 @@ def test_a_message_is_not_sent_without_a_file_that_could_not_come(seer):
 @browser_test
 def test_a_model_that_can_not_read_a_file_is_warned_of(seer):
     page = seer.page
-    page.set_input_files('#upload', given('a.png', png(), 'image/png'))
-    warning = page.get_by_text('The model can’t read this.')
-    assert waits(seer, 1) and not warning.is_visible()
+    page.set_input_files('#upload', [given(name, png(), 'image/png') for name in ('a.png', 'a “b" c.png')])
+    warning = page.get_by_text('The model can’t read this.')    # it is said once
+    assert waits(seer, 2) and not warning.is_visible() and page.get_by_alt_text('a “b" c.png', exact=True).count() == 1
     page.select_option('#model', 'claude-bare-1', force=True)
     assert seer.eventually(warning.is_visible)
 
