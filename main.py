@@ -4122,7 +4122,7 @@ def Plot(bars, words, summary):
     "A bar for each (name, height, what it stands for), drawn without a script; the figures are in a table below it."
     most = max([height for _, height, _ in bars]) or 1
     return Figure(Svg(Title(words, id='plot-title'), Desc(summary, id='plot-words'), *[
-        G(Title(f'{name}: {said}'), Rect(x=n * 10, y=0, width=10, height=100, cls='there'),
+        G(Title(f'{name}: {said}'), Rect(x=n * 10 + 1, y=0, width=8, height=100, cls='there'),
           Rect(x=n * 10 + 1, y=round(100 - 100 * height / most, 2), width=8, height=round(100 * height / most, 2)))
         for n, (name, height, said) in enumerate(bars)], viewBox=f'0 0 {10 * len(bars)} 100', role='img',
         preserveAspectRatio='none', aria_labelledby='plot-title plot-words'), cls='plot')
@@ -4171,7 +4171,7 @@ def Connections(servers, said='', name='', url=''):
     "The servers whose tools Claude may use. What stands after a `?` may be a secret, as a token is."
     def Row(server):
         return Li(B(server.name), Span(server.url.partition('?')[0], cls='host'),
-                  Span('a token is kept' if server.token else 'no token'),
+                  Span('a token is kept' if server.token else 'no token', cls='host'),
                   Form(Button('Delete', Unseen(f' {server.name}'), name='drop', value=server.id, cls='quiet'),
                        method='post'))
     return Div(
@@ -4243,13 +4243,15 @@ button { background: none; border: 0; border-radius: var(--round); padding: .375
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 svg { width: 1.25rem; height: 1.25rem; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
   stroke-linecap: round; stroke-linejoin: round; }
+::file-selector-button { margin-right: .625rem; padding: .25rem .75rem; border: 1px solid var(--edge);
+  border-radius: .375rem; font: inherit; font-size: var(--tiny); color: inherit; background: none; cursor: pointer; }
 kbd { font: inherit; font-size: var(--tiny); color: var(--soft); border: 1px solid var(--line); border-radius: .25rem;
   padding: 0 .3rem; white-space: nowrap; }
 .unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
 .skip:focus { position: fixed; top: .5rem; left: .5rem; z-index: 9; padding: .5rem 1rem; background: var(--page); }
-.round { display: grid; place-items: center; width: 2.25rem; height: 2.25rem; padding: 0; border-radius: 50%;
-  color: var(--soft); }
+.round { display: grid; place-items: center; flex: none; width: 2.25rem; height: 2.25rem; padding: 0;
+  border-radius: 50%; color: var(--soft); }
 .quiet { font-size: var(--tiny); color: var(--soft); padding: .125rem .5rem; border-radius: .375rem;
   text-decoration: none; }
 :is(.round, .quiet, .find, nav a):hover { background: var(--card); color: var(--ink); }
@@ -4271,7 +4273,7 @@ dialog, #menu, #panel, #undo, #jump { color: var(--ink); background: var(--page)
 .under p, :is(#panel, #login, #search li) p, .rename, #menu form, .listing form, #keys dl, dd { margin: 0; }
 .files, #conversations, .listing ul, #empty ul, #choices, #search ul { margin: 0; padding: 0; list-style: none; }
 #heading h1, #sidebar li > a[id], .called, .where { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.files, .actions, .state, .standing, #opener, .ways, .listing li, .servers li { display: flex; flex-wrap: wrap;
+.files, .actions, .state, .standing, #opener, .ways, .listing li { display: flex; flex-wrap: wrap;
   align-items: center; gap: .25rem .75rem; }
 
 /* Bar */
@@ -4293,7 +4295,7 @@ dialog, #menu, #panel, #undo, #jump { color: var(--ink); background: var(--page)
 .find kbd { margin-left: auto; }
 #conversations { flex: 1; margin: .75rem -.75rem 0; padding: .5rem .75rem; overflow-y: auto;
   border-top: 1px solid var(--line); scrollbar-width: thin; overflow-anchor: none; }
-#conversations h2 { margin: .75rem 0 .125rem; padding: 0 .625rem; font-weight: 500; }
+#conversations h2 { margin: .75rem 0 .125rem; padding: 0 .625rem; } li > h2 { font-weight: 500; }
 #conversations li:first-child h2 { margin-top: 0; }
 #sidebar li { display: flex; align-items: center; border-radius: var(--round); }
 #sidebar li > a[id] { flex: 1; min-width: 0; display: block; line-height: 1.625rem; unicode-bidi: isolate; }
@@ -4339,10 +4341,11 @@ main { grid-area: main; display: flex; flex-direction: column; width: min(var(--
 .content { overflow-wrap: anywhere; font: var(--body)/1.6 var(--read); }
 .message[data-role=user] .content { width: fit-content; max-width: 100%; padding: .625rem 1rem;
   border-radius: .875rem; background: var(--card); font: var(--small)/1.6 var(--ui); }
-.actions { gap: 0 .5rem; min-height: 1.75rem; margin-left: -.5rem;
+.actions { gap: 0 .5rem; min-height: 1.75rem; position: relative; left: -.5rem; /* a margin ends at the float */
   color: var(--soft); font-size: var(--tiny); }
 .actions > :not(.walk), .account { opacity: 0; transition: opacity var(--quick); }
 .message:is(:hover, :focus-within) :is(.actions > :not(.walk), .account), .account[open] { opacity: 1; }
+.actions > time { padding: 0 .5rem; }
 .walk { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .edit textarea { scroll-margin: calc(var(--top) + .5rem); } .edit .cancel { display: inline-block; margin-top: .25rem; }
 body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) { visibility: hidden; }
@@ -4357,13 +4360,14 @@ body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) {
 .steps :is(pre, ul, p) { margin: .25rem 0; } .steps ul { padding-left: 1rem; }
 .steps pre { max-height: 40vh; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; }
 .steps:not(:empty) { margin-bottom: .75rem; }
-.standing { font-size: var(--tiny); }
+.standing { flex: 1 1 12rem; font-size: var(--tiny); }
 .message:not(:last-of-type) .last, .message[data-role=note] { display: none; }
 .summary { border-block: 1px solid var(--line); padding-block: .5rem; }
 .summary > details > summary { color: var(--soft); }
 [data-status=streaming] .steps details:last-child summary, .summary[data-status=streaming] > details > summary {
   animation: pulse 1.6s ease-in-out infinite alternate; }
-.state:has(> .account:only-child:not([open])) { float: right; } .account { margin-left: auto; }
+.state:has(> .account:only-child:not([open])), .message:not(:last-of-type) .state:has(> .last + .account:not([open])) {
+  float: right; } .account { margin-left: auto; }
 .account[open] { flex: 1 0 100%; } .account summary { margin: 0 -.5rem 0 auto; }
 .state .account summary { border: 0; padding: .25rem .5rem; color: var(--soft); }
 .account dl { margin: .25rem 0 .5rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: var(--round);
@@ -4462,54 +4466,58 @@ input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
 .field textarea { flex: 1; min-width: 0; padding: .375rem .75rem; border: 0; outline: 0; resize: none;
   max-height: 40dvh; background: none; font: 1rem/1.5 var(--ui); field-sizing: content; }
 ::placeholder { color: var(--soft); opacity: 1; }
+.attach { margin-right: -.5rem; }
 .send, .stop, :is(.send, .stop):hover { color: var(--on-accent); background: var(--accent); }
 .stop, body:has(.message[data-status=streaming]) .send { display: none; }
 body:has(.message[data-status=streaming]) .stop { display: grid; }
 .stop svg { fill: currentColor; }
 #notice { margin: .375rem .75rem 0; color: var(--accent); }
 .under { display: flex; align-items: center; justify-content: space-between; gap: 1rem; min-height: 1.25rem;
-  margin: .25rem .75rem 0; }
+  margin: .25rem .75rem 0; white-space: nowrap; }
 .under .hint { visibility: hidden; }
 .field:focus-within ~ .under .hint { visibility: visible; }
-#opener { gap: 0; margin-left: -.5rem; }
+#opener { gap: 0; margin-left: -.5rem; min-width: 0; } #opener:not(:has(p)) { flex-wrap: nowrap; }
+#opener button { overflow: hidden; text-overflow: ellipsis; } [type=checkbox] { margin: 0; }
+#opener label, #fields div label { display: flex; align-items: center; gap: .375rem; }
 #opener [popovertarget]::after { content: '▾' / ''; margin-left: .375rem; }
-#opener p { color: var(--accent); padding-left: .5rem; }
+#opener p { color: var(--accent); padding-left: .5rem; white-space: normal; }
 #panel { inset: auto 0 5.5rem var(--side); width: min(36rem, calc(100vw - var(--side) - 2rem));
   max-height: calc(100dvh - 8rem); margin: 0 auto; padding: 1rem 1.25rem; border-radius: .875rem; overflow-y: auto; }
 #fields { display: grid; grid-template-columns: minmax(0, 1fr); gap: .625rem; }
-#fields .row { display: flex; align-items: baseline; gap: .75rem; }
-#fields span { flex: 0 0 8rem; color: var(--soft); }
-:is(#fields, .data label) :is(select, input, textarea) { flex: 1; padding: .375rem .625rem; color: inherit;
+#fields .row { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; }
+#fields span { flex: 0 0 8rem; color: var(--soft); white-space: nowrap; } select { text-overflow: ellipsis; }
+:is(#fields, .data label) :is(select, input, textarea) { flex: 1 1 11rem; padding: .375rem .625rem; color: inherit;
   border-color: var(--line); font: inherit; }
-#fields [type=checkbox] { flex: none; } #fields div label { display: flex; align-items: center; gap: .375rem; }
-#fields div[role=group] { flex-wrap: wrap; align-items: center; }
+#fields [type=checkbox] { flex: none; } #fields div[role=group] { align-items: center; }
 #fields textarea { resize: vertical; min-height: 4.5rem; max-height: 40dvh; field-sizing: content; }
-#fields button { white-space: nowrap; } #fields > p { padding-left: 8.75rem; }
+#fields button { white-space: nowrap; } #panel > a { margin-left: -.5rem; } #fields > p { padding-left: 8.75rem; }
 #jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
   align-items: center; gap: .375rem; padding: .25rem .875rem .25rem .625rem; border-radius: 2rem; white-space: nowrap; }
 #jump[hidden], main:not(:has(.message)) #jump { display: none; }
 
 /* First visit */
-#empty { padding-top: min(12vh, 6rem); }
-#empty h2 { margin: 0 0 1rem; font: 500 1.85rem/1.2 var(--read); text-wrap: balance; }
-#empty ul { margin-bottom: 1.25rem; font: var(--body)/1.6 var(--read); }
+#empty:not([class]) { padding-top: min(12vh, 6rem); }
+:is(#empty, #search, .usage) > h2, #login h1 {
+  margin: 0 0 1rem; font: 500 1.85rem/1.2 var(--read); text-wrap: balance; }
+#empty ul { margin-bottom: 1.25rem; font: var(--body)/1.6 var(--read); } #empty:not([class]) li { margin-top: .375rem; }
 .demo { margin: 0 0 2rem; color: var(--soft); } .demo code { font: .875em var(--code); } .demo b { color: var(--ink); }
 .examples form { display: grid; }
 .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 2rem; }
-.examples button { width: 100%; min-height: 3.5rem; padding: .625rem 0; border-top: 1px solid var(--line);
-  border-radius: 0; text-align: left; }
+.examples button { width: 100%; padding: .6875rem 0; border-top: 1px solid var(--line); border-radius: 0;
+  text-align: left; align-content: start; }
 .examples button:hover { color: var(--accent); }
 
 .data form { display: grid; justify-items: start; gap: .5rem; margin: 1.5rem 0 1rem; }
 .data input { max-width: 100%; }
 .data label { display: grid; gap: .25rem; width: min(26rem, 100%); }
 #empty .servers { font: var(--small)/1.6 var(--ui); } .servers .host { overflow-wrap: anywhere; }
-.servers li { align-items: baseline; column-gap: 1rem; margin: .5rem 0; } .data .servers form { margin: 0 0 0 auto; }
+.servers li { display: grid; grid-template-columns: 1fr auto; padding: .5rem 0; border-top: 1px solid var(--line); }
+.data .servers form { margin: 0; grid-area: 1 / 2 / span 3; align-content: center; }
 progress { width: 100%; accent-color: var(--accent); } progress[hidden] { display: none; }
 /* Usage */
 .plot { margin: 0; } .plot svg { display: block; width: 100%; height: 8rem; stroke: none; fill: var(--accent);
   border-bottom: 1px solid var(--edge); }
-.plot .there { fill: transparent; } .plot g:hover .there { fill: var(--card); }
+.plot .there { fill: var(--card); } .plot g:hover .there { fill: var(--line); }
 .axis { display: flex; justify-content: space-between; color: var(--soft); font: var(--tiny)/1.5 var(--ui); }
 .usage caption { text-align: left; color: var(--soft); }
 .usage :is(th, td) { white-space: nowrap; padding-right: .75rem; }
@@ -4526,7 +4534,7 @@ dialog { width: min(36rem, calc(100vw - 2rem)); max-height: 80dvh; margin: 10vh 
 #choices [aria-selected=true] { background: var(--card); box-shadow: inset 2px 0 var(--accent); }
 #choices li::after { content: attr(data-kind); }
 #choices .hit { flex-wrap: wrap; gap: 0 1rem; } .hit > :not(.where) { order: 3; flex-basis: 100%; color: var(--soft); }
-.where { max-width: 60%; }
+.where { flex: 1; }
 mark { color: var(--accent); background: none; font-weight: 600; }
 #search form { display: flex; gap: .5rem; } #search > form { margin-bottom: 1.5rem; }
 #search input { flex: 1; padding: .375rem .75rem; } #search ul { margin-block: 1em; }
@@ -4535,29 +4543,29 @@ mark { color: var(--accent); background: none; font-weight: 600; }
 #palette:focus-within { border-color: var(--accent); }
 #keys { padding: 1.25rem 1.5rem; width: min(26rem, calc(100vw - 2rem)); }
 #keys form { float: right; margin: -.375rem -.75rem; }
-#keys dl div { display: flex; justify-content: space-between; padding: .375rem 0; border-top: 1px solid var(--line); }
+#keys dl div { display: flex; justify-content: space-between; gap: 1rem; padding: .375rem 0; text-align: right;
+  border-top: 1px solid var(--line); }
 
 /* Other circumstances */
 @media (max-width: 48rem) {
   :root { --side: 0rem; }
-  body, [data-sidebar=closed] body { grid-template: var(--top) 1fr / minmax(0, 1fr);
-    grid-template-areas: 'bar' 'main'; }
-  .narrow { display: grid; } .wide, .under .hint, .actions .by { display: none; }
+  .narrow { display: grid; } .wide, .under .hint, .actions .by, #heading [data-action], #heading:has(a) + .tag,
+  [data-role=assistant]:not(:has(.account[open])) time { display: none; }
   #sidebar { position: fixed; width: min(20rem, 85vw); } #panel { bottom: 7.5rem; }
-  #fields span { flex-basis: 5.5rem; } #fields > p { padding-left: 6.25rem; }
+  #fields span { flex-basis: 7.5rem; } #fields > p { padding-left: 0; } #panel { padding-inline: 1rem; }
   #sidebar:not(:popover-open) { display: none; }
   main { padding: 0 1rem; }
 }
 @media (hover: none) { .actions > :not(.walk), .account, #sidebar li > .more { opacity: 1; } }
 @media (pointer: coarse) {
-  :root { --top: 3.5rem; }
+  :root { --top: 3.5rem; } .actions { gap: 0; } .walk { margin: 0 -.25rem 0 -.75rem; }
   .round { width: 2.75rem; height: 2.75rem; }
   #sidebar li > .more, #sidebar .ways > * { min-width: 2.75rem; min-height: 2.75rem; }
   #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
     align-content: center; }
   :is(#fields, .data label) :is(select, input) { min-height: 2.75rem; font-size: 1rem; }
-  #fields textarea { font-size: 1rem; }
-  .field textarea { padding-block: .625rem; } .find kbd { display: none; }
+  #fields textarea { font-size: 1rem; } ::file-selector-button { min-height: 2.75rem; }
+  .field textarea { padding-block: .625rem; } nav kbd { display: none; } .quiet { text-align: center; }
 }
 /* Signing in */
 body:has(> #login) { display: grid; grid-template: 1fr / 1fr; place-items: center; padding: 1rem; }
