@@ -4912,9 +4912,10 @@ addEventListener('pagehide', () => { // a reload may come back before this has a
   navigator.sendBeacon('/draft', draft()); // what is being sent, too: if it arrives, this is none any more
   if (!sent) sessionStorage.setItem('draft:' + location.pathname, box.value);
 });
-const kept = sessionStorage.getItem('draft:' + location.pathname);
-sessionStorage.removeItem('draft:' + location.pathname);
-if (kept !== null && !$('#notice').textContent) { write(kept); later(); }
+const drafted = 'draft:' + location.pathname; // the first releases kept it in the browser, under the same name
+const kept = sessionStorage.getItem(drafted) ?? (box.value ? null : localStorage.getItem(drafted));
+sessionStorage.removeItem(drafted);
+if (kept !== null && !$('#notice').textContent) { write(kept); later(); localStorage.removeItem(drafted); }
 on('input', e => {
   if (!e.target.matches('#message, .edit textarea')) return;
   grow(e.target);

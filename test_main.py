@@ -5075,6 +5075,13 @@ def let_go(routes):
         with contextlib.suppress(Exception): route.abort()
 
 @browser_test
+def test_a_draft_of_an_earlier_release_is_taken_over(view):
+    view.page.evaluate("localStorage.setItem('draft:/', 'old words')")
+    with view.page.expect_response('**/draft'): view.page.reload()
+    assert view.composer.input_value() == 'old words' and view.page.evaluate('localStorage.length') == 0
+    with view.page.expect_response('**/draft'): view.composer.fill('')
+
+@browser_test
 def test_a_question_that_was_on_its_way_as_the_page_was_left_is_a_draft_unless_it_arrived(profile, new_site, upstream):
     view, sent = View(profile(), new_site().url), upstream.says('An answer.')
     def typed(): return View(view.profile, view.url).composer.input_value()
