@@ -4826,13 +4826,35 @@ async function relist() {
     const html = await got.text();
     if (got.ok && !$('form', list)) {
       edition = got.headers.get('x-edition');
+      leaf = got.headers.get('x-leaf');
       if (!wanted) list.dataset.edition = edition;
       renew(document.createRange().createContextualFragment(html));
+      catchUp();
     }
   } catch { /* the socket tells when Parley is back */ }
   listing = false;
   if (wanted && list.dataset.edition !== wanted) relist(); // there was more news meanwhile
 }
+
+// What was said or chosen on another page comes in here, too, but never beside an answer to what is done here.
+let leaf = null, behind = null;
+const busy = () => Boolean($('form.htmx-request, .edit'));
+function catchUp() {
+  const after = $('#after')?.value;
+  if (leaf === null || leaf === after || busy() || !location.pathname.startsWith('/c/')) return;
+  if (!leaf) return notice('This conversation was deleted.');
+  [leaf, behind] = [null, after];
+  htmx.ajax('GET', `${location.pathname}?after=${after}`, { source: messages, swap: 'none' });
+}
+on('htmx:beforeSwap', e => {
+  if (e.detail.requestConfig.elt !== messages || !busy() && behind === $('#after').value) return;
+  [e.detail.shouldSwap, leaf] = [false, 'unknown'];
+});
+on('htmx:afterRequest', e => {
+  const reply = $$('.message').at(-1);
+  if (e.target !== messages) catchUp();
+  else if (e.detail.xhr.status === 200 && reply.dataset.status !== 'streaming') over(reply);
+});
 function renew(fresh) {
   const old = new Map($$('li', list).map(li => [li.outerHTML, li])), focused = document.activeElement.id;
   const wanted = [...fresh.children].map(li => old.get(li.outerHTML) || li), kept = new Set(wanted);
@@ -5529,7 +5551,8 @@ def standing(req): return urlsplit(req.headers.get('hx-current-url', '')).path  
 
 @rt.get('/list')
 async def listed(req):
-    "A page of the list after another, or its first `count` rows anew. Without a script, a page that has it."
+    """A page of the list after another, or its first `count` rows anew, with the end of the path of the conversation
+    that is open. Without a script, a page that has it."""
     asked, after = req.query_params, None
     with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
         pinned, updated, id = json.loads(asked.get('after', ''))
@@ -5539,8 +5562,10 @@ async def listed(req):
     limit = max(50, min(500, int(count))) if re.fullmatch(r'\d{1,6}', count) else 50
     now = edition(req)
     found = await parley(req).store.conversations(owner(req), after, limit + 1)
-    items = ListItems(found, look_of(req), standing(req).removeprefix('/c/'), after, limit)
-    if by_htmx(req): return *filter(None, items), HttpHeader('x-edition', now)
+    current, leaf = standing(req).removeprefix('/c/'), ''
+    items = ListItems(found, look_of(req), current, after, limit)
+    with contextlib.suppress(Refused): leaf = (await parley(req).store.path(owner(req), current, ENDLESS))[0].leaf
+    if by_htmx(req): return *filter(None, items), HttpHeader('x-edition', now), HttpHeader('x-leaf', str(leaf))
     return await page(req, 'Conversations', Div(Ul(*items), id='empty', cls='listing'), to='/')
 
 @rt.get('/actions/{conversation_id}')
@@ -5654,7 +5679,18 @@ def depth(req, name):
     return int(said) if said.isdecimal() and len(said) < 9 else ENDLESS
 
 @rt.get('/c/{conversation_id}')
-async def show(req, conversation_id: str): return await shown(req, conversation_id)
+async def show(req, conversation_id: str):
+    if not by_htmx(req) or 'after' not in req.query_params: return await shown(req, conversation_id)
+    return await caught_up(req, conversation_id, req.query_params['after'])
+
+async def caught_up(req, conversation_id, after):
+    "What is missing on a page whose path ends with the message `after`; all of it if another branch is shown now."
+    _, path = await parley(req).store.path(owner(req), conversation_id, last=SHOWN)
+    ids = [str(m.id) for m in path]
+    if ids[-1] == after: return Response(status_code=204)
+    if after not in ids: new = Div(*await transcript(req, path), hx_swap_oob='innerHTML:#messages')
+    else: new = Div(*[await bubble(req, m) for m in path[ids.index(after) + 1:]], hx_swap_oob='beforeend:#messages')
+    return new, *following(path[-1])
 
 async def shown(req, conversation_id, **more):
     """The end of a conversation, from `?from=` a depth on if that is more, or what comes before `?before=` a depth;
@@ -5694,9 +5730,7 @@ async def ask(req, conversation_id: str):
                                                       form.get('key') or None, after=form.get('after'), files=files))
     except Refused as no:
         if no.words != ELSEWHERE or not by_htmx(req): raise
-        _, path = await here.store.path(owner(req), conversation_id, last=SHOWN)
-        return FtResponse((Span(no.words), Div(*await transcript(req, path), id='messages', hx_swap_oob='innerHTML'),
-                           *following(path[-1])), 409)
+        return FtResponse((Span(no.words), *await caught_up(req, conversation_id, form.get('after'))), 409)
 
 @rt.post('/c/{conversation_id}/edit')
 async def edit(req, conversation_id: str):
@@ -5708,8 +5742,9 @@ async def edit(req, conversation_id: str):
 
 @rt.post('/c/{conversation_id}/choose')
 async def choose_branch(req, conversation_id: str):
-    message = (await form_of(req)).get('message')
-    return await branch(req, conversation_id, await parley(req).store.switch(owner(req), conversation_id, message))
+    depth = await parley(req).store.switch(owner(req), conversation_id, (await form_of(req)).get('message'))
+    parley(req).turns.lists[owner(req)].tell()  # other pages that show it follow
+    return await branch(req, conversation_id, depth)
 
 @rt.post('/c/{conversation_id}/fork')
 async def fork(req, conversation_id: str):

@@ -2254,6 +2254,29 @@ def test_a_question_says_what_it_follows_and_a_tab_that_is_behind_is_shown_the_r
     assert chat.post(message=upstream.says('three'), after=after).status_code == 200
     chat.ended()
 
+def test_a_page_asks_for_what_came_in_on_another_page(me, upstream):
+    chat, htmx = me.ask(upstream.says('one')), {'HX-Request': 'true'}
+    chat.ended()
+    def end(): return str(id_of(chat, len(chat.messages) - 1))
+    def asked(after): return me.get(f'/c/{chat.id}?after={after}', **htmx)
+    def leaf(): return me.get('/list', **htmx, **{'HX-Current-URL': f'{me.url}/c/{chat.id}'}).headers['x-leaf']
+    first = leaf()
+    assert first == end() and asked(first).status_code == 204
+    chat.say(upstream.says('two')).ended()
+    said = asked(first).text
+    assert [n.attrs['id'] for n in bubbles(said)] == ['msg-2', 'msg-3'] and 'beforeend:#messages' in said
+    assert Page(said).root.find('after').attrs['value'] == leaf() == end() != first
+    second = end()
+    chat.retry().ended()
+    said = asked(second).text
+    assert [n.attrs['id'] for n in bubbles(said)] == [f'msg-{n}' for n in range(4)] and 'innerHTML:#messages' in said
+    with me.socket('/ws/list') as tab:
+        edition = tab.recv(DEADLINE)
+        assert chat.post('/choose', message=second).status_code == 200
+        assert tab.recv(DEADLINE) != edition and leaf() == second and asked(second).status_code == 204
+    chat.post('/delete')
+    assert leaf() == '' and asked(second).status_code == 404
+
 @pytest.mark.parametrize('path, field', [('/edit?at=', 'x'), ('/retry', 'at'), ('/fork', 'at'), ('/choose', 'message')])
 def test_a_message_of_another_conversation_is_404(me, upstream, path, field):
     chat, other = me.ask(upstream.says('one')), me.ask(upstream.says('two'))
@@ -4773,12 +4796,37 @@ def test_two_tabs_show_the_same(view, upstream):
 def test_a_tab_that_is_behind_shows_everything_once_it_sends(view, upstream):
     view.send(upstream.says('first')).ends()
     other = View(view.profile, view.page.url)
+    other.page.route('**/list?*', lambda asked: asked.abort())  # it does not learn of it by itself
     view.send(upstream.says('second')).ends(idx=3)
     other.send(question := upstream.says('third')).until('second', idx=3)
     assert 'not sent yet' in other.page.inner_text('#notice') and other.composer.input_value() == question
     other.composer.press('Enter')
     other.ends(idx=5)
     assert [other.text(idx) for idx in (1, 3, 5)] == ['first', 'second', 'third']
+
+@browser_test
+def test_an_open_conversation_follows_what_is_done_on_another_page(view, upstream):
+    view.send(upstream.says('first')).ends()
+    other = View(view.profile, view.page.url)
+    other.composer.fill('typed')
+    def shown(v): return [plain(t) for t in v.page.locator('.message .content').all_inner_texts()]
+    def same(*last): return view.eventually(lambda: shown(view) == shown(other) and tuple(shown(other)[-len(last):]) == last)
+    question = upstream.says('half ', gate := Gate(), 'whole')
+    view.send(question).until('half', idx=3)
+    other.until('half', idx=3)
+    gate.open()
+    assert view.ends(idx=3) == other.ends(idx=3) == 'half whole' and same(question, 'half whole')
+    upstream.plans[question] = [says('anew')]
+    def act(v, name):
+        v.bubble(3).hover()
+        v.bubble(3).get_by_role('button', name=re.compile(name)).first.click()
+    act(view, 'Regenerate')
+    assert same(question, 'anew')
+    act(other, 'Previous')
+    assert same(question, 'half whole') and len(shown(view)) == 4
+    assert other.composer.input_value() == 'typed' and len(upstream.called(question)) == 2
+    other.send(upstream.says('third')).ends(idx=5)
+    assert same('third') and len(shown(view)) == 6 and not view.console + other.console
 
 @browser_test
 def test_the_stop_button_stops(view, upstream):
