@@ -4886,6 +4886,7 @@ def test_without_javascript_a_question_is_changed_and_its_versions_are_walked(pr
     view.bubble(0).get_by_role('link', name='Edit').click()
     view.page.locator('.edit textarea').fill(' ')
     view.page.locator('.edit .send').click()
+    view.page.locator('#notice', has_text='Write something').wait_for(timeout=DEADLINE * 1000)
     view.composer.fill(new := upstream.says('two'))             # of the page that says why not
     view.page.locator('#composer .send').click()
     assert view.until('two').text(0) == new and len(chat.messages) == 2
