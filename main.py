@@ -4852,8 +4852,10 @@ on('htmx:beforeSwap', e => {
 });
 on('htmx:afterRequest', e => {
   const reply = $$('.message').at(-1);
-  if (e.target !== messages) catchUp();
-  else if (e.detail.xhr.status === 200 && reply.dataset.status !== 'streaming') over(reply);
+  if (e.target !== messages) return catchUp();
+  if (e.detail.xhr.status !== 200) return;
+  if (reply.dataset.status !== 'streaming') over(reply);
+  if (box.value) later(); // what was sent there has taken the place of this draft
 });
 function renew(fresh) {
   const old = new Map($$('li', list).map(li => [li.outerHTML, li])), focused = document.activeElement.id;

@@ -4805,10 +4805,11 @@ def test_a_tab_that_is_behind_shows_everything_once_it_sends(view, upstream):
     assert [other.text(idx) for idx in (1, 3, 5)] == ['first', 'second', 'third']
 
 @browser_test
-def test_an_open_conversation_follows_what_is_done_on_another_page(view, upstream):
+def test_an_open_conversation_follows_what_is_done_on_another_page(view, site, upstream):
     view.send(upstream.says('first')).ends()
     other = View(view.profile, view.page.url)
-    other.composer.fill('typed')
+    other.composer.fill(typed := f'typed {number()}')
+    assert view.eventually(lambda: rows(site.db, f"select 1 from draft where text='{typed}'"))
     def shown(v): return [plain(t) for t in v.page.locator('.message .content').all_inner_texts()]
     def same(*last): return view.eventually(lambda: shown(view) == shown(other) and tuple(shown(other)[-len(last):]) == last)
     question = upstream.says('half ', gate := Gate(), 'whole')
@@ -4824,7 +4825,9 @@ def test_an_open_conversation_follows_what_is_done_on_another_page(view, upstrea
     assert same(question, 'anew')
     act(other, 'Previous')
     assert same(question, 'half whole') and len(shown(view)) == 4
-    assert other.composer.input_value() == 'typed' and len(upstream.called(question)) == 2
+    assert other.composer.input_value() == typed and len(upstream.called(question)) == 2
+    other.page.reload()
+    assert other.composer.input_value() == typed
     other.send(upstream.says('third')).ends(idx=5)
     assert same('third') and len(shown(view)) == 6 and not view.console + other.console
 
