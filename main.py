@@ -4600,6 +4600,8 @@ const keep = (name, value) => { document.cookie = `${name}=${value}; path=/; max
 
 // The socket of a reply. A clean end is final; a socket that fails twice in a row gives way to polling.
 htmx.config.wsReconnectDelay = retry => Math.min(1000 * 2 ** retry, 2000) * (0.75 + Math.random() / 4);
+// It asks for the very message that its bubble shows: while a tab slept, another may have come to the same place.
+htmx.createWebSocket = url => new WebSocket(url + $(`[ws-connect="${new URL(url).pathname}"] .copy`).search);
 on('htmx:wsConnecting', e => {
   if (!e.target.failures) announce('Claude is answering.');
   say(e.target.failures ? 'reconnecting…' : 'connecting…');
@@ -6027,7 +6029,7 @@ if NOTEBOOK:
 
 # %%
 async def chat(ws: WebSocket):
-    "WS /ws/chat/{conversation_id}/{msg_idx}"
+    "WS /ws/chat/{conversation_id}/{msg_idx}; `?at=` is the id of the reply that the page shows there."
     await attend(ws, watch(ws, **ws.path_params))
 
 async def follow_list(ws: WebSocket):
@@ -6061,16 +6063,18 @@ async def hear(ws, conversation):
 async def watch(ws, conversation_id, msg_idx):
     "Show the reply to its end, as it grows or as it stands, and close."
     here, idx = parley(ws), int(msg_idx) if msg_idx.isdecimal() and len(msg_idx) < 9 else -1
+    place = owner(ws), conversation_id, idx, ws.query_params.get('at')
     try:
-        message = await here.store.message(owner(ws), conversation_id, idx)
+        message = await here.store.message(*place)
         if not message or message.role != 'assistant': return await ws.close(4404)
         if turn := here.turns.find(message): await follow(ws, LiveReply.of(turn))
         else:
-            message = await here.store.message(owner(ws), conversation_id, idx)
+            message = await here.store.message(*place)
             if message.status == RUNNING: return await ws.close(1012)  # just begun anew: come again
             await ws.send_text(StepsFrame(idx, steps_of(message.blocks))
                                + Snapshot(idx, await here.shelf.content(message)) + StateFrame(message))
         await ws.close(1000)
+    except Refused: await ws.close(4404)
     except WebSocketDisconnect: pass
     except Exception as error:  # noqa: BLE001 no close frame would be a loop of reconnections
         log.error('a socket failed: %s', type(error).__name__)

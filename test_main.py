@@ -4155,6 +4155,18 @@ def test_a_socket_to_nothing_closes_with_a_code_that_ends_it(me, upstream, path)
 def test_a_socket_with_a_wrong_path_opens_no_loop(me, path):
     assert close_code(me, path.format(id=me.ask('hello').id)) in (4404, 4400, 403, 404)
 
+def test_a_socket_that_comes_back_shows_the_reply_that_its_page_has(me, upstream):
+    chat = me.ask(upstream.plays(says('first'), says('second')))
+    chat.ended()
+    first = id_of(chat, 1)
+    chat.retry().ended()
+    for at, said in ((f'?at={first}', 'first'), (f'?at={id_of(chat, 1)}', 'second'), ('', 'second')):
+        with me.socket(f'/ws/chat/{chat.id}/1{at}') as sock: assert f'<p>{said}</p>' in sock.recv(DEADLINE)
+    other = me.ask(upstream.says('other'))
+    for at in ('', 'x', '0', '%00', '9' * 30, id_of(other, 0)): assert close_code(me, f'/ws/chat/{chat.id}/1?at={at}') == 4404
+    chat.post('/delete')
+    assert close_code(me, f'/ws/chat/{chat.id}/1?at={first}') == 4404
+
 def test_a_socket_to_a_question_ends_cleanly(me):
     assert close_code(me, f'/ws/chat/{me.ask("hello").id}/0') in (1000, 4404)
 
@@ -4965,6 +4977,8 @@ def test_a_page_that_wakes_up_connects_again(view, upstream, event):
     assert view.eventually(lambda: view.page.evaluate(wake) and len(view.sockets) == 2)   # unless it was just heard
     gate.open()
     assert view.ends() == 'half whole' and len(upstream.called(question)) == 1
+    shown = urlsplit(view.bubble(1).locator('.copy').get_attribute('href')).query
+    assert shown and {urlsplit(url).query for url in view.sockets} == {shown}
     view.page.evaluate(wake)
     view.page.wait_for_timeout(500)
     assert len(view.sockets) == 2
