@@ -389,8 +389,8 @@ def verb(thread, scope=lambda conn: contextlib.nullcontext()):
     def wrap(work):
         def run(self, asked, args, kwargs):
             db = self.db[thread]
-            waited = time.monotonic() - asked  # behind others: five seconds are the most that anybody waits for a lock
-            db.conn.set_busy_timeout(max(1, int(5000 - 1000 * waited)))
+            waited = time.monotonic() - asked  # behind others
+            db.conn.set_busy_timeout(max(1, int(1000 * (self.patience - waited))))
             with in_words(), scope(db.conn): return work(self, db, *args, **kwargs)
 
         @functools.wraps(work)
@@ -735,6 +735,7 @@ def in_a_line(text, most):
 class Store:
     """Every SQL statement, as verbs. Opening it makes or migrates the database, ends what a crash left running and
     takes the lock of the one process that may write. Raises `Unusable` when that can't be."""
+    patience = 5.0  # seconds: the most that anybody waits for a lock
 
     def __init__(self, file: Path, limits: Settings | None = None):
         self.file, self.limits = file.resolve(), limits or Settings()  # a link has no lock of its own
