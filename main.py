@@ -4198,14 +4198,14 @@ def Login(place, notice='', typed=''):
         Head(Meta(charset='utf-8'), Title('Sign in to Parley'), Link(rel='stylesheet', href=asset('parley.css')),
              Meta(name='viewport', content='width=device-width, initial-scale=1'),
              Meta(name='color-scheme', content='light dark'), Link(rel='icon', href=asset('icon.svg'))),
-        Body(Form(H1('Parley'), Input(name='username', value='Parley', autocomplete='username', hidden=True),
-                  Label('Password', _for='password'),
-                  Input(type='password', id='password', name='password', autocomplete='current-password',
-                        required=True, autofocus=True, maxlength=1024),
-                  Button('Sign in'), P(notice, role='alert'), Input(type='hidden', name='next', value=place),
-                  Textarea('\n' + typed, name='message', hidden=True) if typed else None,
-                  P('What you typed is kept.') if typed else None,
-                  id='login', method='post', action=enter.to())), lang='en')
+        Body(Div(Form(H1('Parley'), Input(name='username', value='Parley', autocomplete='username', hidden=True),
+                      Label('Password', _for='password'),
+                      Input(type='password', id='password', name='password', autocomplete='current-password',
+                            required=True, autofocus=True, maxlength=1024),
+                      Button('Sign in'), P(notice, role='alert'), Input(type='hidden', name='next', value=place),
+                      Textarea('\n' + typed, name='message', hidden=True) if typed else None,
+                      P('What you typed is kept.') if typed else None, method='post', action=enter.to()),
+                 id='login', role='main')), lang='en')
 
 # %%
 if NOTEBOOK:
@@ -4271,7 +4271,7 @@ dialog, #menu, #panel, #undo, #jump { color: var(--ink); background: var(--page)
 :is(#undo, .files, #notice, #panel p, .data [role=alert]):empty { display: none; }
 :is(#fields, .data label) :is(select, input, textarea), .rename input, :is(#search, #login) input { min-width: 0;
   border: 1px solid var(--edge); border-radius: var(--round); background: var(--card); }
-.under p, :is(#panel, #login, #search li) p, .rename, #menu form, .listing form, #keys dl, dd { margin: 0; }
+.under p, :is(#panel, #login, #search li, .data form) p, .rename, #menu form, .listing form, #keys dl, dd { margin: 0; }
 .files, #conversations, .listing ul, #empty ul, #choices, #search ul { margin: 0; padding: 0; list-style: none; }
 #heading h1, #sidebar li > a[id], .called, .where { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .files, .actions, .state, .standing, #opener, .ways, .listing li { display: flex; flex-wrap: wrap;
@@ -4472,14 +4472,14 @@ input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
 .stop, body:has(.message[data-status=streaming]) .send { display: none; }
 body:has(.message[data-status=streaming]) .stop { display: grid; }
 .stop svg { fill: currentColor; }
-#notice { margin: .375rem .75rem 0; color: var(--accent); }
+#notice { margin: .375rem .75rem 0; } :is(#notice, #login [role], .data [role=alert]) { color: var(--accent); }
 .under { display: flex; align-items: center; justify-content: space-between; gap: 1rem; min-height: 1.25rem;
   margin: .25rem .75rem 0; white-space: nowrap; }
 .under .hint { visibility: hidden; }
 .field:focus-within ~ .under .hint { visibility: visible; }
 #opener { gap: 0; margin-left: -.5rem; min-width: 0; } #opener:not(:has(p)) { flex-wrap: nowrap; }
 #opener button { overflow: hidden; text-overflow: ellipsis; } [type=checkbox] { margin: 0; }
-#opener label, #fields div label { display: flex; align-items: center; gap: .375rem; }
+#opener label, #fields div label { display: flex; flex: none; align-items: center; gap: .375rem; }
 #opener [popovertarget]::after { content: '▾' / ''; margin-left: .375rem; }
 #opener p { color: var(--accent); padding-left: .5rem; white-space: normal; }
 #panel { inset: auto 0 5.5rem var(--side); width: min(36rem, calc(100vw - var(--side) - 2rem));
@@ -4491,7 +4491,8 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
   border-color: var(--line); font: inherit; }
 #fields [type=checkbox] { flex: none; } #fields div[role=group] { align-items: center; }
 #fields textarea { resize: vertical; min-height: 4.5rem; max-height: 40dvh; field-sizing: content; }
-#fields button { white-space: nowrap; } #panel > a { margin-left: -.5rem; } #fields > p { padding-left: 8.75rem; }
+#fields button { white-space: nowrap; } #panel > a { margin-left: -.5rem; }
+#panel a, #search li a { display: inline-block; } #fields > p { padding-left: 8.75rem; }
 #jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
   align-items: center; gap: .375rem; padding: .25rem .875rem .25rem .625rem; border-radius: 2rem; white-space: nowrap; }
 #jump[hidden], main:not(:has(.message)) #jump { display: none; }
@@ -4512,7 +4513,8 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 .data input { max-width: 100%; }
 .data label { display: grid; gap: .25rem; width: min(26rem, 100%); }
 #empty .servers { font: var(--small)/1.6 var(--ui); } .servers .host { overflow-wrap: anywhere; }
-.servers li { display: grid; grid-template-columns: 1fr auto; padding: .5rem 0; border-top: 1px solid var(--line); }
+.servers li { display: grid; grid-template-columns: 1fr auto; gap: 0 .75rem; padding: .5rem 0;
+  border-top: 1px solid var(--line); }
 .data .servers form { margin: 0; grid-area: 1 / 2 / span 3; align-content: center; }
 progress { width: 100%; accent-color: var(--accent); } progress[hidden] { display: none; }
 /* Usage */
@@ -4550,28 +4552,29 @@ mark { color: var(--accent); background: none; font-weight: 600; }
 /* Other circumstances */
 @media (max-width: 48rem) {
   :root { --side: 0rem; }
-  .narrow { display: grid; } .wide, .under .hint, .actions .by, #heading [data-action], #heading:has(a) + .tag,
+  .narrow { display: grid; } .wide, #heading [data-action], #heading:has(a) + .tag,
   [data-role=assistant]:not(:has(.account[open])) time { display: none; }
   #sidebar { position: fixed; width: min(20rem, 85vw); } #panel { bottom: 7.5rem; }
   #fields span { flex-basis: 7.5rem; } #fields > p { padding-left: 0; } #panel { padding-inline: 1rem; }
   #sidebar:not(:popover-open) { display: none; }
   main { padding: 0 1rem; }
 }
+@media (max-width: 64rem) { .hint, .by { display: none; } }
 @media (hover: none) { .actions > :not(.walk), .account, #sidebar li > .more { opacity: 1; } }
 @media (pointer: coarse) {
   :root { --top: 3.5rem; } .actions { gap: 0; } .walk { margin: 0 -.25rem 0 -.75rem; }
   .round { width: 2.75rem; height: 2.75rem; }
   #sidebar li > .more, #sidebar .ways > * { min-width: 2.75rem; min-height: 2.75rem; }
-  #sidebar :is(a, button), .quiet, #choices li, summary { min-height: 2.75rem; min-width: 2.75rem;
-    align-content: center; }
+  #sidebar :is(a, button), .quiet, #choices li, summary, #jump, #panel a, #search li a {
+    min-height: 2.75rem; min-width: 2.75rem; align-content: center; }
   :is(#fields, .data label) :is(select, input) { min-height: 2.75rem; font-size: 1rem; }
   #fields textarea { font-size: 1rem; } ::file-selector-button { min-height: 2.75rem; }
   .field textarea { padding-block: .625rem; } nav kbd { display: none; } .quiet { text-align: center; }
 }
 /* Signing in */
 body:has(> #login) { display: grid; grid-template: 1fr / 1fr; place-items: center; padding: 1rem; }
-#login { display: grid; gap: .75rem; width: min(20rem, 100%); }
-#login input { padding: .5rem .75rem; font-size: 1rem; }
+#login { width: min(20rem, 100%); } #login form { display: grid; gap: .75rem; }
+#login input { padding: .625rem .75rem; font-size: 1rem; }
 #login button { background: var(--accent); color: var(--on-accent); min-height: 2.75rem; }
 #login p { color: var(--soft); } .leave { display: flex; }
 
