@@ -4001,9 +4001,10 @@ def TrashPage(found, count, days):
     def Row(conversation):
         of = {'conversation_id': conversation.id}
         return Li(Span(conversation.title), Span(Left(conversation), cls='tag'), Act('Restore', restore.to(**of)),
-                  Act('Delete for ever', discard.to(**of)))
-    empty = Details(Summary('Empty the trash', cls='quiet'), P('This can not be undone.'),
-                    Act(f'Delete {count:,} for ever', empty_trash.to()))
+                  Finally('Delete', 'Delete for ever', discard.to(**of)))
+    def Finally(words, act, place):  # never by one click
+        return Details(Summary(words, cls='quiet'), P('This can not be undone.'), Act(act, place))
+    empty = Finally('Empty the trash', f'Delete {count:,} for ever', empty_trash.to())
     return Div(H2('Trash'), P('What you delete stays here for a while; then it is gone.') if found else
                P('The trash is empty.'), Ul(*map(Row, found)) if found else None,
                P(f'The newest {len(found)} of {count:,} are shown.') if count > len(found) else None,

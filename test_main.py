@@ -4081,6 +4081,13 @@ def test_everything_is_deleted_and_undone_together_and_the_trash_is_emptied_on_p
     assert eventually(lambda: rows(site.db, 'select count(*) from conversation') == [[2]])
     assert chats[2].page() and rows(site.db, 'select count(distinct conversation) from message') == [[2]]
 
+def test_one_click_in_the_trash_deletes_nothing_for_ever(me, upstream):
+    for n in range(2): me.ask(f'number {n}').post('/delete')
+    page = Page(me.get('/trash').text).root
+    def final(n): return re.fullmatch('/trash/(empty|.+/delete)', n.attrs.get('action', ''))
+    folds = page.all(lambda n: n.tag == 'details' and 'open' not in n.attrs)
+    assert len(page.all(final)) == 3 == len([form for fold in folds for form in fold.all(final)])
+
 def test_the_trash_is_swept_when_its_days_are_over(new_site):
     site = new_site(trash_days=.001)
     me = site.person()
