@@ -4865,14 +4865,16 @@ on('htmx:afterRequest', e => {
   if (box.value) later(); // what was sent there has taken the place of this draft
 });
 function renew(fresh) {
-  const old = new Map($$('li', list).map(li => [li.outerHTML, li])), focused = document.activeElement.id;
+  const old = new Map($$('li', list).map(li => [li.outerHTML, li])), at = document.activeElement;
+  const link = list.contains(at) && `[href="${at.getAttribute('href')}"]`;
   const wanted = [...fresh.children].map(li => old.get(li.outerHTML) || li), kept = new Set(wanted);
   remove([...list.children].filter(li => !kept.has(li)));
   wanted.forEach((li, n) => { if (list.children[n] !== li) list.insertBefore(li, list.children[n] || null); });
   htmx.process(list);
   const title = $('[aria-current] > span', list)?.textContent, heading = $('#heading h1');
   if (title && heading) document.title = document.title.replace(heading.textContent, () => heading.textContent = title);
-  if (focused && document.activeElement.id !== focused) document.getElementById(focused)?.focus();
+  if (title && heading) $('#heading .more').ariaLabel = 'Actions for ' + title;
+  if (link && document.activeElement !== at) $(link, list)?.focus();
 }
 function seen() {
   const { dataset } = $('#heading');
@@ -4896,6 +4898,7 @@ function rename(id) {
   const form = $('form.rename', menu), field = $('input', form);
   const title = menu.place === 'heading' ? $('#heading h1') : document.getElementById('c-' + id);
   if (!title) return;
+  const home = () => menu.place === 'heading' ? $('#heading .more') : title; // the heading may be another by then
   const before = field.value, back = words => {
     if (form.left) return; // to leave the page takes its focus, which would be another call
     form.left = true;
@@ -4909,10 +4912,14 @@ function rename(id) {
     if (e.key !== 'Escape') return;
     e.stopPropagation();
     back(before);
-    title.focus();
+    home().focus();
   });
   form.addEventListener('focusout', e => form.contains(e.relatedTarget) || field.value !== before || back(before));
-  form.addEventListener('htmx:afterRequest', e => e.detail.successful && back(field.value));
+  form.addEventListener('htmx:afterRequest', e => {
+    if (!e.detail.successful) return;
+    back(field.value);
+    home().focus();
+  });
 }
 on('htmx:oobAfterSwap', e => {
   if (e.detail.target.id !== 'undo' || !$('#undo button')) return;

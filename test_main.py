@@ -5435,8 +5435,21 @@ def test_a_conversation_is_renamed_in_place_pinned_deleted_and_back_and_a_second
     view.page.keyboard.press('Enter')
     assert view.eventually(lambda: titles(other) == titles(view) == ['A better <b>title</b>', first])
     assert view.eventually(lambda: view.page.locator('h1').inner_text() == 'A better <b>title</b>' == view.page.title())
+    focused = 'document.activeElement.getAttribute("aria-label") || document.activeElement.textContent'
+    assert view.page.evaluate(focused) == 'A better <b>title</b>'
     menu(1, 'Pin')
     assert view.eventually(lambda: titles(other) == titles(view) == [first, 'A better <b>title</b>'])
+    assert view.eventually(lambda: view.page.evaluate(focused) == f'Actions for {first}')
+    view.page.locator('#heading .more').click()
+    view.page.locator('#menu').get_by_role('button', name='Rename').click()
+    view.page.keyboard.type('A title')
+    view.page.keyboard.press('Enter')
+    assert view.eventually(lambda: view.page.evaluate(focused) == 'Actions for A title')
+    assert view.eventually(lambda: titles(other) == titles(view) == [first, 'A title'])
+    other.page.goto(view.page.url)
+    Person(view.url).post(urlsplit(view.page.url).path + '/rename', title='A better <b>title</b>')
+    assert other.eventually(lambda: titles(other) == titles(view) == [first, 'A better <b>title</b>'])
+    assert other.page.locator('#heading .more').get_attribute('aria-label') == 'Actions for A better <b>title</b>'
     assert other.page.locator('#conversations h2').all_inner_texts() == ['Pinned', 'Today']
     menu(0, 'Delete')                                           # another one than is shown: one stays where one is
     assert view.eventually(lambda: titles(other) == titles(view) == ['A better <b>title</b>'])
