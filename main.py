@@ -4804,9 +4804,15 @@ on('submit', e => {
 });
 
 // The list. Its socket says only that there is something new; then as many rows as there are now are had again, and
-// of these only what differs is replaced: a click, the focus and the place in the list survive.
+// of these only what differs is replaced: a click, the focus and the place in the list survive, also on the next page.
 const list = $('#conversations'), menu = $('#menu');
 let listSocket = null, listHeard = 0, failures = 0, edition = list.dataset.edition, listing = false;
+const were = JSON.parse(sessionStorage.getItem('list')) || {};
+if (were.rows > $$('a[id]', list).length) edition = null;
+else settle();
+function settle() { [list.scrollTop, were.rows] = [were.top, 0]; }
+addEventListener('pagehide', () =>
+  sessionStorage.setItem('list', JSON.stringify({ rows: $$('a[id]', list).length, top: list.scrollTop })));
 keep('zone', -new Date().getTimezoneOffset());
 function follow() {
   if (listSocket) { listSocket.onclose = listSocket.onmessage = null; listSocket.close(); }
@@ -4824,7 +4830,7 @@ function follow() {
   };
 }
 async function relist() {
-  const wanted = list.dataset.edition, count = $$('a[id]', list).length;
+  const wanted = list.dataset.edition, count = Math.max($$('a[id]', list).length, were.rows);
   if (listing || document.hidden || edition === wanted || $('form', list)) return;
   listing = true;
   try {
@@ -4836,6 +4842,7 @@ async function relist() {
       leaf = got.headers.get('x-leaf');
       if (!wanted) list.dataset.edition = edition;
       renew(document.createRange().createContextualFragment(html));
+      if (were.rows) settle();
       catchUp();
     }
   } catch { /* the socket tells when Parley is back */ }

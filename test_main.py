@@ -5496,6 +5496,12 @@ def test_the_list_goes_on_as_one_scrolls_and_stays_where_it_is_when_it_changes(p
     assert view.page.evaluate("[document.querySelector('#conversations').scrollTop, document.activeElement.id]") == before
     years.person().post('/c/y119/rename', title='year 119')
     assert rows_.count() == 122
+    view.page.keyboard.press('Enter')                           # far down: the next page has as much of the list, there
+    view.page.wait_for_url('**/c/y100')
+    assert view.eventually(lambda: view.page.evaluate("document.querySelector('#conversations').scrollTop") == before[0])
+    assert view.page.locator('#conversations [aria-current]').get_attribute('id') == 'c-y100' and rows_.count() == 122
+    view.page.reload()
+    assert view.eventually(lambda: view.page.evaluate("document.querySelector('#conversations').scrollTop") == before[0])
 
 @browser_test
 @pytest.mark.parametrize('script', [True, False])
