@@ -5623,8 +5623,9 @@ async def delete_all(req): return await deleted(req)
 
 async def deleted(req, conversation=None):
     since = repr(await parley(req).turns.trash(owner(req), conversation))
-    place, gone = f'/?{urlencode({"deleted": since})}', show.to(conversation_id=conversation)
-    if not conversation or standing(req) == gone: return told(req, place, HtmxResponseHeaders(redirect=place))
+    here, gone = standing(req), show.to(conversation_id=conversation)
+    place = f'{"/trash" if here == "/trash" else "/"}?{urlencode({"deleted": since})}'
+    if not conversation or here in (gone, '/trash'): return told(req, place, HtmxResponseHeaders(redirect=place))
     return told(req, place, Undo(since, hx_swap_oob='true'))
 
 @rt.post('/c/{conversation_id}/restore')
@@ -5648,7 +5649,8 @@ async def since_of(req):
 @rt.get('/trash')
 async def trash(req):
     days = parley(req).settings.trash_days
-    return await page(req, 'Trash', TrashPage(*await parley(req).store.trashed(owner(req)), days), to='/')
+    return await page(req, 'Trash', TrashPage(*await parley(req).store.trashed(owner(req)), days), to='/',
+                      undo=req.query_params.get('deleted', '')[:40])
 
 @rt.post('/trash/empty')
 async def empty_trash(req): return await given_up(req)
@@ -5923,7 +5925,7 @@ async def importing(req):
 async def bring(req):
     "Read a file that came; what takes more than a moment goes on by itself, and the page asks how far it is."
     file, imports = (await req.form()).get('file'), parley(req).imports
-    if not getattr(file, 'size', 0): raise Refused(422, 'Choose a file first.')
+    if not getattr(file, 'size', 0): raise Refused(422, 'Choose a file that is not empty.')
     if (now := imports.get(owner(req))) and not now.status: raise Refused(429, 'Wait: another file is still coming in.')
     now = imports[owner(req)] = Import()
     now.task = asyncio.create_task(take_in(parley(req).store, owner(req), file.file, file.size, now))

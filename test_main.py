@@ -965,7 +965,7 @@ def test_a_conversation_made_by_hand_comes_in(archive):
     assert 'came in' in bring(archive.person(), with_message())
 
 WRONG = {
-    'no file': (b'', 'Choose a file'), 'no JSON': (b'hello', 'wrong form'), 'cut off': (json.dumps(CLAUDE).encode()[:-9], 'JSON'),
+    'no file': (b'', 'Choose a file that is not empty'), 'no JSON': (b'hello', 'wrong form'), 'cut off': (json.dumps(CLAUDE).encode()[:-9], 'JSON'),
     'not ours': ({'messages': []}, 'no export'), 'nothing': ([], 'no conversation'), 'a number': (b'17', 'wrong form'),
     'numbers': ([1, 2], 'wrong form'), 'deep': (b'{"mapping":' + deep(100_000) + b'}', 'nested'), 'binary': (b'\xff\xfe{', 'UTF-8'),
     'a backup': (b'SQLite format 3\0' + bytes(99), 'restore'), 'no zip': (b'PK\3\4' + bytes(99), 'damaged'),
@@ -4080,6 +4080,15 @@ def test_everything_is_deleted_and_undone_together_and_the_trash_is_emptied_on_p
     me.post('/trash/empty'), me.post(f'/trash/{chats[2].id}/delete')
     assert eventually(lambda: rows(site.db, 'select count(*) from conversation') == [[2]])
     assert chats[2].page() and rows(site.db, 'select count(distinct conversation) from message') == [[2]]
+
+def test_what_is_deleted_while_the_trash_is_looked_at_is_seen_there_at_once(me, upstream):
+    chat, there = me.ask('thrown away'), {'HX-Current-URL': f'{me.url}/trash?deleted=1'}
+    place = chat.post('/delete', headers=there).headers['HX-Redirect']
+    page = me.get(place).text
+    assert urlsplit(place).path == '/trash' and f'/c/{chat.id}/restore' in page and 'name="since"' in page
+    undo = Page(page).root.all(lambda n: n.attrs.get('name') == 'since')[0].attrs['value']
+    assert me.post('/trash/restore', since=undo, headers=there).headers['HX-Redirect'] == '/trash'
+    assert f'/c/{chat.id}/restore' not in me.get('/trash').text
 
 def test_one_click_in_the_trash_deletes_nothing_for_ever(me, upstream):
     for n in range(2): me.ask(f'number {n}').post('/delete')
