@@ -4289,7 +4289,8 @@ def test_the_real_api_lists_its_models_and_answers(new_site):
 # ---- The whole process ----------------------------------------------------------------------------------------------
 
 FORK = multiprocessing.get_context('forkserver')        # the libraries are imported once, every server starts at once
-FORK.set_forkserver_preload(['anthropic.resources.messages', 'main', 'pytest'])
+FORK.set_forkserver_preload(['anthropic.resources.messages', 'anyio._backends._asyncio', 'httpcore2', 'main', 'pytest',
+                              'uvloop', 'websockets.server'])
 RUN = """import os, sys
 os.environ.clear(); os.environ.update(env); os.chdir(folder); sys.argv = [path]
 out = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600); os.dup2(out, 1); os.dup2(out, 2)
@@ -4345,20 +4346,21 @@ def start(tmp_path, wire):
 
 def test_kill_9_loses_not_one_shown_character(start, upstream):
     print(f'SEED={SEED}')
-    dice, before, jar = random.Random(SEED), None, None
-    for _ in range(20):
+    dice, before, jar = random.Random(SEED), [], None
+    for _ in range(8):
         server = start()
         me = server.person()
         me.http.cookies = jar or me.http.cookies
-        if before: assert_survived(me, upstream, *before)
-        question = upstream.says(*paced((f'word{n} ' for n in range(1500)), .001))
-        chat = me.ask(question)
-        tab, jar = chat.watch(), me.http.cookies
-        for _ in range(dice.randrange(12)): tab.read()
+        for each in before: assert_survived(me, upstream, *each)
+        questions = [upstream.says(*paced((f'word{n} ' for n in range(1500)), .001)) for _ in range(3)]
+        chats = [me.ask(question) for question in questions]
+        tabs, jar = [chat.watch() for chat in chats], me.http.cookies
+        for _ in range(dice.randrange(24)): dice.choice(tabs).read()
         server.kill()
-        before = chat.id, question, tab.ends().text
-        assert tab.code == 1006
-    assert_survived(with_cookies(start().person(), jar), upstream, *before)
+        before = [(chat.id, question, tab.ends().text) for chat, question, tab in zip(chats, questions, tabs, strict=True)]
+        assert [tab.code for tab in tabs] == [1006] * 3
+    me = with_cookies(start().person(), jar)
+    for each in before: assert_survived(me, upstream, *each)
 
 def with_cookies(person, jar):
     person.http.cookies = jar
@@ -4625,12 +4627,14 @@ def wander(dice, me, upstream):
     return 13
 
 def assert_equal(chat, tabs, upstream, question):
-    reply, (call,) = chat.reply, upstream.called(question)
+    reply, calls = chat.reply, upstream.called(question)
+    said = ''.join(call.said for call in calls)         # none: stopped before Claude was asked
+    assert len(calls) == 1 or not calls and reply['status'] == 'stopped'
     assert {tab.code for tab in tabs} <= {1000, None, 1006, 1012}       # 1006: dropped by us; 1012: come again
     tabs = [tab for tab in tabs if tab.code in (1000, None)]
     assert {tab.text for tab in tabs} == {plain(reply['content'])}
     assert {tab.status for tab in tabs} == {reply['status']} <= {'done', 'stopped'}
-    assert call.said == reply['content'] if reply['status'] == 'done' else call.said.startswith(reply['content'])
+    assert said == reply['content'] if reply['status'] == 'done' else said.startswith(reply['content'])
 
 
 # ---- The shape: rules that nothing runs are comments ----------------------------------------------------------------
@@ -5240,7 +5244,7 @@ def test_the_corpus_opens_no_dialog_asks_no_other_host_and_leaves_the_console_em
         for text in texts:
             upstream.plans[text] = [says(text)]
             chat = chat.say(text) if chat else site.person().ask(text)
-            chat.ended()
+            assert chat.watch().ends().code in (None, 1000)
         view, dialogs = View(profile(), f'{site.url}/c/{chat.id}'), []
         view.page.on('dialog', lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
         for end in range(2 * len(texts), 0, -30):
@@ -5941,7 +5945,7 @@ def axe():
         view.page.evaluate('Promise.allSettled(document.getAnimations().filter(a => a instanceof CSSTransition)'
                            '.map(a => a.finished)).then(() => {})')
         found = view.page.evaluate('axe.run({runOnly: {type: "tag", values: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa",'
-                                   ' "wcag22aa", "best-practice"]}}).then(r => r.violations)')
+                                   ' "wcag22aa", "best-practice"]}, resultTypes: ["violations"]}).then(r => r.violations)')
         return [(v['id'], v['impact'], [n['html'][:200] for n in v['nodes']][:3]) for v in found]
     return look
 
