@@ -4038,7 +4038,8 @@ def test_what_is_deleted_while_the_trash_is_looked_at_is_seen_there_at_once(me, 
     assert me.post('/trash/restore', since=undo, headers=there).headers['HX-Redirect'] == '/trash'
     assert f'/c/{chat.id}/restore' not in me.get('/trash').text
 
-def test_one_click_in_the_trash_deletes_nothing_for_ever(me, upstream):
+def test_one_click_in_the_trash_deletes_nothing_for_ever(new_site):
+    me = new_site().person()
     for n in range(2): me.ask(f'number {n}').post('/delete')
     page = Page(me.get('/trash').text).root
     def final(n): return re.fullmatch('/trash/(empty|.+/delete)', n.attrs.get('action', ''))
