@@ -4492,8 +4492,8 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
   border-color: var(--line); font: inherit; }
 #fields [type=checkbox] { flex: none; } #fields div[role=group] { align-items: center; }
 #fields textarea { resize: vertical; min-height: 4.5rem; max-height: 40dvh; field-sizing: content; }
-#fields button { white-space: nowrap; } #panel > a { margin-left: -.5rem; }
-#panel a, #search li a { display: inline-block; } #fields > p { padding-left: 8.75rem; }
+#fields button { white-space: nowrap; } #panel > a { margin: .375rem 0 0 -.5rem; }
+#panel a, #search li a { display: inline-block; min-height: 1.5rem; } #fields > p { padding-left: 8.75rem; }
 #jump { position: absolute; bottom: calc(100% + .5rem); left: 50%; translate: -50%; display: flex;
   align-items: center; gap: .375rem; padding: .25rem .875rem .25rem .625rem; border-radius: 2rem; white-space: nowrap; }
 #jump[hidden], main:not(:has(.message)) #jump { display: none; }

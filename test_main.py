@@ -5926,7 +5926,7 @@ $$\frac a b$$
 @browser_test
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [390, 1280])
-def test_axe_finds_no_violation(profile, long, upstream, axe, scheme, width):
+def test_axe_finds_no_violation(profile, long, workshop, house, upstream, axe, scheme, width):
     view = View(profile(color_scheme=scheme, viewport={'width': width, 'height': 800}), long.url)
     assert axe(view) == []
     view.page.goto(long.url + '/c/long')
@@ -5963,3 +5963,11 @@ def test_axe_finds_no_violation(profile, long, upstream, axe, scheme, width):
     view.page.goto(long.url + '/usage')
     assert view.page.get_by_role('img', name='Cost of the last').is_visible() and axe(view) == []
     assert axe(View(profile(color_scheme=scheme), long.url + '/c/unknown')) == []
+    assert axe(View(profile(color_scheme=scheme), house.url)) == []
+    view = View(profile(color_scheme=scheme, viewport={'width': width, 'height': 800}), workshop.url)
+    for place in ('/trash', '/connections', '/data', '/search?q=and'):
+        view.page.goto(workshop.url + place)
+        assert axe(view) == [], place
+    view.page.goto(workshop.url)
+    view.page.locator('#opener [popovertarget]').click()
+    assert view.page.get_by_label('notes').is_visible() and axe(view) == []
