@@ -4507,7 +4507,7 @@ body:has(.message[data-status=streaming]) .stop { display: grid; }
 .examples form { display: grid; }
 .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 2rem; }
 .examples button { width: 100%; padding: .6875rem 0; border-top: 1px solid var(--line); border-radius: 0;
-  text-align: left; align-content: start; }
+  text-align: left; display: flex; }
 .examples button:hover { color: var(--accent); }
 
 .data form { display: grid; justify-items: start; gap: .5rem; margin: 1.5rem 0 1rem; }
