@@ -296,7 +296,9 @@ class Page(html.parser.HTMLParser):
         for node in Page(frame).root.children:
             if not isinstance(node, Node): continue
             style, _, selector = node.attrs.get('hx-swap-oob', 'true').partition(':')
-            target = self.root.find(selector.removeprefix('#') or node.attrs.get('id'))
+            place, _, nth = selector.removeprefix('#').partition('>:nth-child(')
+            target = self.root.find(place or node.attrs.get('id'))
+            if target and nth: target = [n for n in target.children if isinstance(n, Node)][int(nth[:-1]) - 1]
             assert target, f'htmx:oobErrorNoTarget {node.attrs}'
             self.swap(style, target, node)
 
