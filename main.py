@@ -4370,7 +4370,7 @@ body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) {
   animation: pulse 1.6s ease-in-out infinite alternate; }
 .state:has(> .account:only-child:not([open])), .message:not(:last-of-type) .state:has(> .last + .account:not([open])) {
   float: right; } .account { margin-left: auto; }
-.account[open] { flex: 1 0 100%; } .account summary { margin: 0 -.5rem 0 auto; }
+:is(.account, .listing li details)[open] { flex: 1 0 100%; } .account summary { margin: 0 -.5rem 0 auto; }
 .state .account summary { border: 0; padding: .25rem .5rem; color: var(--soft); }
 .account dl { margin: .25rem 0 .5rem; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: var(--round);
   display: grid; gap: .125rem; font-size: var(--tiny); font-variant-numeric: tabular-nums; }
