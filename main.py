@@ -4662,6 +4662,7 @@ function poll(bubble) { // a copy, so that the extension finds the element of it
 on('htmx:afterSwap', e => {
   const asked = e.detail.requestConfig?.elt, polled = asked?.matches('.message[hx-trigger]') && $('#' + asked.id);
   if (polled && polled.dataset.status !== 'streaming') over(polled);
+  if (asked?.matches('.cancel')) $(`#${e.detail.target.id} [href*="edit="]`)?.focus();
 });
 
 // A file on its way: its form has a bar for how much of it has gone.

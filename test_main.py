@@ -4852,6 +4852,7 @@ def test_a_person_edits_walks_regenerates_and_forks(view, upstream):
     assert box.input_value() == old and view.eventually(lambda: box.evaluate('e => e === document.activeElement'))
     box.fill('dropped'), box.press('Escape')
     assert view.eventually(lambda: not box.count() and view.text(2) == old)
+    assert view.eventually(lambda: view.page.evaluate('document.activeElement.getAttribute("href")?.endsWith("#msg-2")'))
     act(2, ('link', 'Edit'))
     box.fill(new := upstream.says('three')), box.press('Enter')
     assert view.until('three', idx=3).text(2) == new and view.bubble(4).count() == 0
