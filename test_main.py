@@ -3843,17 +3843,6 @@ def test_no_frame_of_the_corpus_disturbs_a_reply(me, upstream, case):
     assert watching.ends().text == 'half more' and watching.status == 'done'
     assert bad.ends().code in (1000, 1009, 4400) and '__pwn' not in bad.said
 
-def assert_refused(answer): assert answer.status_code in (413, 422) and a_sentence(answer)
-
-
-# ---- The shape ------------------------------------------------------------------------------------------------------
-
-def test_no_name_of_the_file_is_made_twice():
-    made = [name for part in ast.parse(SOURCE.read_text()).body for name in
-            ([part.name] if hasattr(part, 'name') else
-             [target.id for target in getattr(part, 'targets', []) if isinstance(target, ast.Name)])]
-    assert {name for name in made if made.count(name) > 1} <= {'question'}
-
 
 # ---- Pages: every row of the interface ------------------------------------------------------------------------------
 
@@ -4590,6 +4579,12 @@ def sections():
     "Name → source of every numbered section of main.py, in order."
     _, *parts = re.split(r'^# ## \d+ (\w+)$', SOURCE.read_text(), flags=re.M)
     return dict(zip(parts[::2], parts[1::2], strict=True))
+
+def test_no_name_of_the_file_is_made_twice():
+    made = [name for part in ast.parse(SOURCE.read_text()).body for name in
+            ([part.name] if hasattr(part, 'name') else
+             [target.id for target in getattr(part, 'targets', []) if isinstance(target, ast.Name)])]
+    assert {name for name in made if made.count(name) > 1} <= {'question'}
 
 def test_a_section_uses_only_what_stands_above_it_but_for_links():
     trees = [ast.parse(text) for text in sections().values()]
