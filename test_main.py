@@ -292,8 +292,8 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data): self.here.children.append(data)
 
-    def apply(self, frame):
-        for node in Page(frame).root.children:
+    def apply(self, fragment):
+        for node in fragment.children:
             if not isinstance(node, Node): continue
             style, _, selector = node.attrs.get('hx-swap-oob', 'true').partition(':')
             place, _, nth = selector.removeprefix('#').partition('>:nth-child(')
@@ -339,9 +339,9 @@ class Tab:
         except ConnectionClosed as closed:
             self.code = closed.rcvd.code if closed.rcvd else 1006
             return False
-        self.page.apply(frame)
-        self.frames += 1
-        for node in Page(frame).root.walk(): self.status = node.attrs.get('data-status', self.status)
+        self.frames, fragment = self.frames + 1, Page(frame).root
+        for node in fragment.walk(): self.status = node.attrs.get('data-status', self.status)
+        self.page.apply(fragment)
         return True
 
     def until(self, words):
@@ -1210,8 +1210,8 @@ def test_a_price_is_known_or_said_to_be_unknown(model, usage, usd):
     assert knowing(prices='{"mine": [1, 2, 3, 4]}').price(model, usage) == (usd and pytest.approx(usd))
 
 @pytest.fixture(scope='module')
-def lab(tmp_path_factory):
-    "A site whose Claude has a list of models, on two pages."
+def lab(tmp_path_factory, faults):
+    "A site whose Claude has a list of models, on two pages. `faults` take seconds: they begin here, to be seen later."
     upstream = Upstream()
     upstream.models = [MODELS[:2], MODELS[2:]]
     lab = Site(tmp_path_factory.mktemp('lab'), upstream, titles='on', max_system_chars=99)
@@ -1985,8 +1985,8 @@ SILENCES = {
 def waited_for(fault): return fault in SILENCES or FAULTS[fault][3] != 1      # these are looked at last
 
 @pytest.fixture(scope='module')
-def faults(site, impatient, upstream):
-    me = site.person()
+def faults(new_site, impatient, upstream):
+    me = new_site().person()
     started = {name: (me, upstream.plays(*row[0])) for name, row in FAULTS.items()}
     started |= {name: (impatient, upstream.plays(*row[0])) for name, row in SILENCES.items()}
     chats = {name: (person.ask(question), question) for name, (person, question) in started.items()}
