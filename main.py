@@ -5169,13 +5169,15 @@ ICON = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
 NEWS = ICON.replace('</svg>', '<circle cx="50" cy="14" r="13" fill="#e99c75" stroke="#1b1a18" stroke-width="3"/></svg>')
 WHOLE = ICON.replace(' rx="14"', '')  # a maskable icon fills its square; the drawing stays in the middle four fifths
 
+def bare(text): return re.sub(r'(?m)^// .*\n| // .*$| */\*.*?\*/', '', text)  # comments are for who reads this file
+
 @functools.cache
 def assets() -> dict[str, tuple[str, str, bytes]]:
     "File name → (its URL with a hash of the content, media type, content). htmx comes from the django-htmx package."
     folder = Path(importlib.util.find_spec('django_htmx').submodule_search_locations[0]) / 'static' / 'django_htmx'
     files = {'htmx.js': (folder / 'htmx-2.min.js').read_text(),
              'ws.js': (folder / 'ext' / 'hx-ws-2.min.js').read_text(),
-             'parley.js': JS, 'parley.css': CSS, 'icon.svg': ICON, 'news.svg': NEWS, 'whole.svg': WHOLE}
+             'parley.js': bare(JS), 'parley.css': bare(CSS), 'icon.svg': ICON, 'news.svg': NEWS, 'whole.svg': WHOLE}
     kinds = {'js': 'text/javascript', 'css': 'text/css', 'svg': 'image/svg+xml',
              'webmanifest': 'application/manifest+json'}
 

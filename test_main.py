@@ -4196,6 +4196,8 @@ def test_scripts_and_styles_are_ours_with_a_hash_and_a_long_cache(me):
     assert all(re.search('[0-9a-f]{8}', url) for url in urls)
     package = Path(importlib.util.find_spec('django_htmx').submodule_search_locations[0])
     theirs = {f.read_text() for pattern in ('htmx-2*.js', 'hx-ws-2*.js') for f in package.rglob(pattern)}
+    ours = me.get(next(url for url in urls if url.endswith('-parley.js'))).text
+    assert len(ours) > len(main.JS) * .8 and not set(ours.split('\n')) & set(re.findall('(?m)^//.*', main.JS))
     assert len([a for a in answers if a.text in theirs]) == 2       # htmx 2.0.10 and ws extension 2.0.4, as they come
 
 @pytest.mark.parametrize('path', [
