@@ -899,9 +899,11 @@ class Store:
         values = dict(query=query_of(typed), owner=owner, now=time.time(), limit=limit, start=MATCH[0], end=MATCH[1])
         if not values['query']: return []
         titles, said = db.q(TITLES, values | {'limit': 8}), db.q(HITS, values)
-        ids = ', '.join(str(hit['message']) for hit in said)
+        ids = [hit['message'] for hit in said] or [0]
+        # `+`: else each of these rows would be a search of its own
         snippets = db.q(f"""select rowid as id, snippet(said_index, 0, :start, :end, '…', 24) as text from said_index
-                            where said_index match :query and rowid in ({ids})""", values)
+                            where said_index match :query and rowid >= {min(ids)} and +rowid in
+                            ({', '.join(map(str, ids))})""", values)
         snippets = {row['id']: row['text'] for row in snippets}
         hits = titles + [hit | {'snippet': snippets[hit['message']]} for hit in said]
         return [Hit(**hit | {'snippet': hit['snippet'].replace(GAP, '')}) for hit in hits]
