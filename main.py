@@ -4967,7 +4967,16 @@ if (kept !== null && !$('#notice').textContent) { write(kept); later(); localSto
 on('input', e => {
   if (!e.target.matches('#message, .edit textarea')) return;
   grow(e.target);
-  if (e.target === box) later();
+  if (e.target === box) later(); else sessionStorage.setItem(edited(e.target), e.target.value);
+});
+const edited = area => 'edit:' + area.form.getAttribute('action'); // kept in its tab until it is sent, also by Esc
+on('htmx:load', e => {
+  const area = $('.edit textarea', e.target), text = area && sessionStorage.getItem(edited(area));
+  if (text) { area.value = text; grow(area); }
+});
+on('htmx:afterRequest', e => {
+  const area = e.detail.successful && $('.edit textarea', e.detail.requestConfig.elt);
+  if (area) sessionStorage.removeItem(edited(area));
 });
 on('keydown', e => {
   if (e.isComposing || e.keyCode === 229 || !e.target.matches('#message, .edit textarea')) return;
@@ -6229,6 +6238,7 @@ def main():
     "Run the server as the environment says."
     if sys.argv[1:] == ['hash']: return new_hash()
     if sys.argv[1:2] in (['backup'], ['restore']): return command(*sys.argv[1:])
+    if sys.argv[1:]: raise SystemExit('say `hash`, `backup FILE` or `restore FILE`, or nothing to start')
     os.umask(0o077)
     settings = Settings.read(os.environ)
     lines = logging.StreamHandler()

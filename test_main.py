@@ -4430,6 +4430,10 @@ def test_a_backup_is_made_while_a_reply_streams_and_is_put_back(start, tmp_path,
     back = Chat(with_cookies(start().person(), chat.person.http.cookies), chat.id, '')
     assert (back.reply['content'], back.reply['status']) == ('half ', 'interrupted')
 
+def test_a_command_that_nobody_knows_starts_nothing(tmp_path):
+    code, said = runs(tmp_path, 'bakcup', 'copy.db')
+    assert code == 1 and '`backup FILE`' in said and not [*tmp_path.iterdir()]
+
 @pytest.mark.parametrize('name, says_why', [
     ('text.db', 'not a database'), ('other.db', 'not one of Parley'), ('newer.db', 'newer Parley'),
     ('none.db', 'can not be opened'), ('torn.db', 'damaged'), ('empty.db', 'not a database of Parley')])
@@ -4847,12 +4851,14 @@ def test_a_person_edits_walks_regenerates_and_forks(view, upstream):
     box = view.page.locator('.edit textarea')
     act(2, ('link', 'Edit'))
     assert box.input_value() == old and view.eventually(lambda: box.evaluate('e => e === document.activeElement'))
-    box.fill('dropped'), box.press('Escape')
+    box.fill('not yet sent'), box.press('Escape')
     assert view.eventually(lambda: not box.count() and view.text(2) == old)
     assert view.eventually(lambda: view.page.evaluate('document.activeElement.getAttribute("href")?.endsWith("#msg-2")'))
     act(2, ('link', 'Edit'))
+    assert view.eventually(lambda: box.input_value() == 'not yet sent')
     box.fill(new := upstream.says('three')), box.press('Enter')
     assert view.until('three', idx=3).text(2) == new and view.bubble(4).count() == 0
+    assert not view.page.evaluate("Object.keys(sessionStorage).filter(name => name.startsWith('edit:')).length")
     act(2, ('button', 'Previous'))
     assert view.until('two', idx=3).text(2) == old
     assert view.page.evaluate('document.activeElement.id') == 'Previous-2', 'one goes on walking by keyboard'
