@@ -46,6 +46,7 @@ import unicodedata
 import zipfile
 import zlib
 from base64 import urlsafe_b64encode
+from bisect import bisect_left
 from collections import ChainMap, Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -973,11 +974,12 @@ class Store:
                 placed.append(self._insert(db, 'message', **row))
                 new += 1
             if new == 100: break
-        path = [placed[n] for n in told['path'] if n < len(placed)] or placed[-1:]
+        path = told['path'][:bisect_left(told['path'], len(placed))] or [len(placed) - 1]
         running = 'select 1 from message where conversation = ? and status = ?'
-        if new and (None in here or rows[0]['leaf'] in path) and not db.q(running, [told['id'], RUNNING]):
+        followed = None in here or any(placed[n] == rows[0]['leaf'] for n in reversed(path))
+        if new and followed and not db.q(running, [told['id'], RUNNING]):
             db.execute('update conversation set leaf = ?, updated = max(updated, ?) where id = ?',
-                       [path[-1], told['updated'], told['id']])
+                       [placed[path[-1]], told['updated'], told['id']])
         return new
 
     @reads
