@@ -48,7 +48,7 @@ import zlib
 from base64 import urlsafe_b64encode
 from bisect import bisect_left
 from collections import ChainMap, Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -1003,10 +1003,11 @@ class Store:
         return as_row(rows[0], Conversation).choices if rows else {}
 
     @writes
-    def choose(self, db, owner, conversation, choices: dict):
-        "Keep what was chosen for a conversation. Raises `Refused` 404."
-        self._conversation(db, owner, conversation)
+    def choose(self, db, owner, conversation, change: Callable[[dict], dict]) -> dict:
+        "Keep what `change` makes of what was chosen for a conversation. Raises `Refused` 404, and what `change` does."
+        choices = change(self._conversation(db, owner, conversation).choices)
         db.execute('update conversation set choices = ? where id = ?', [json.dumps(choices), conversation])
+        return choices
 
     @writes
     def entitle(self, db, owner, conversation, title):
@@ -5825,14 +5826,13 @@ async def keep(req, form, conversation=None) -> dict:
     """The same, kept for a conversation if there is one. What another page has changed since this one was loaded stays:
     set is only the field that asks, without a script whatever differs from what was shown."""
     if not conversation: return choices_in(req, form)
-    here, me, by = parley(req), owner(req), req.headers.get('hx-trigger-name')
-    before = await here.store.choices(me, conversation)
-    shown, now = dict(parse_qsl(form.get('shown', urlencode(marks(before))))), marks(form)
-    changed = [{'instead': 'model', 'prompt': 'system', 'do': 'system'}.get(by, by)] if by else [
-        name for name in {**now, **shown} if now.get(name, '0') != shown.get(name, '0')]  # nothing is 0
-    choices = choices_in(req, before | {name: form.get(name, '') for name in changed}, before)
-    await here.store.choose(me, conversation, choices)
-    return choices
+    by = req.headers.get('hx-trigger-name')
+    def change(before):
+        shown, now = dict(parse_qsl(form.get('shown', urlencode(marks(before))))), marks(form)
+        changed = [{'instead': 'model', 'prompt': 'system', 'do': 'system'}.get(by, by)] if by else [
+            name for name in {**now, **shown} if now.get(name, '0') != shown.get(name, '0')]  # nothing is 0
+        return choices_in(req, before | {name: form.get(name, '') for name in changed}, before)
+    return await parley(req).store.choose(owner(req), conversation, change)
 
 async def chosen(req, conversation=None):
     "Keep what was chosen for a conversation, or show it for one that has not begun, and do what a button asks beside."

@@ -1252,7 +1252,7 @@ def test_a_list_and_choices_survive_a_restart_without_the_endpoint(lab, tmp_path
 def test_a_retired_model_refuses_in_words_and_keeps_the_text(lab):
     me, store = lab.person(), lab.door.state.parley.store
     chat = me.ask(lab.upstream.says('One.'))
-    chat.ended(), asyncio.run(store.choose('owner', chat.id, {'model': 'claude-gone-1'}))
+    chat.ended(), asyncio.run(store.choose('owner', chat.id, lambda _: {'model': 'claude-gone-1'}))
     answer = chat.post(message='precious words', htmx=False)
     assert answer.status_code == 409 and 'retired' in answer.text and 'precious words' in answer.text
 
@@ -1593,6 +1593,18 @@ def test_an_older_page_changes_only_the_setting_that_is_changed_in_it(lab, scrip
     chat.post('/choices', **filled(now, system=''), headers={'HX-Trigger-Name': 'system'} if script else {}, htmx=script)
     assert not plain(field(chat.page(), 'system').text)
 
+def test_two_settings_changed_at_the_same_moment_are_both_kept(lab):
+    chat = lab.person().ask('One.', model='claude-nova-1', effort='low').over()
+    page, writer, gate = chat.page(), lab.door.state.parley.store.threads['writes'], threading.Event()
+    def change(name, value): return chat.post('/choices', **filled(page, **{name: value}), headers={'HX-Trigger-Name': name})
+    with concurrent.futures.ThreadPoolExecutor(2) as both:
+        writer.submit(gate.wait, DEADLINE)
+        answers = [both.submit(change, 'effort', 'max'), both.submit(change, 'max_tokens', '500')]
+        try: assert eventually(lambda: writer._work_queue.qsize() == 2)
+        finally: gate.set()
+        assert all(answer.result().status_code < 400 for answer in answers)
+    assert picked(chat.page(), 'effort') == ['max'] and field(chat.page(), 'max_tokens').attrs['value'] == '500'
+
 def test_a_prompt_is_kept_under_a_name_used_and_deleted(lab):
     me = lab.person()
     kept = me.post('/choices', do='keep', prompt_name=' Poet ', system='Rhyme.').text
@@ -1624,7 +1636,7 @@ def test_thinking_that_has_no_room_says_so(lab):
 def test_a_retired_model_says_so_and_offers_the_next_of_its_line(lab):
     me = lab.person()
     chat = me.ask(lab.upstream.says('One.'), system='Hm.')
-    chat.ended(), asyncio.run(lab.door.state.parley.store.choose('owner', chat.id, {'model': 'claude-gone-1'}))
+    chat.ended(), asyncio.run(lab.door.state.parley.store.choose('owner', chat.id, lambda _: {'model': 'claude-gone-1'}))
     assert 'is retired' in chat.page() and 'Go on with The claude-old-1' in chat.page()
     assert 'is retired' not in chat.post('/choices', model='claude-gone-1', instead='claude-old-1').text
     chat.say(question := lab.upstream.says('Two.')).ended()
