@@ -4033,9 +4033,12 @@ def Bar(title, look, conversation=None, demo=False):
         Heading(conversation, title), Span('Demo model', cls='tag') if demo else None,
         A(Icon('new'), Unseen('New conversation'), href='/', cls='round', title='New conversation'), id='bar')
 
+# In what was found a citation is its number again, also where it is cut off, but not where it is what matched.
+CITATION = re.compile(rf'(?<=^…)[^"[{MATCH}]*"\)|\[([⁰¹²³⁴-⁹]+)\]\(<[^>{MATCH}]*(?:> "[^"{MATCH}]*)?(?:"\)|(?=…$))')
+
 def Snippet(hit):
     "What was found: the conversation it is in, and the words around the matches."
-    parts = re.split(f'[{MATCH}]', hit.snippet)
+    parts = re.split(f'[{MATCH}]', CITATION.sub(r'\1', hit.snippet))
     words = [Mark(part) if n % 2 else part for n, part in enumerate(parts)]
     return words if hit.message is None else [Span(hit.title, cls='where'), Span(*words)]
 

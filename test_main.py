@@ -782,6 +782,19 @@ def test_a_title_comes_before_what_was_said_and_matches_are_marked(library):
     assert search(library, '本')[0].snippet == '日\ue000本\ue001語のテキスト and more'
     assert not search(library, 'jap', owner='you')
 
+@pytest.mark.parametrize('typed, shown', [
+    ('talk', 'A «talk»¹…'), ('sides', '… between two «sides»²…'), ('enemies', 'A talk[¹](<https://example.com/a_(b)1> "Words of all the «enemies»')])
+def test_a_citation_is_its_number_in_what_was_found(tmp_path, typed, shown):
+    sources, store = {}, main.Store(tmp_path / 'cited.db')
+    first, second = ({'url': f'https://example.com/a_(b){n}', 'cited_text': 'Words of all the enemies at war, and what they '
+                      'said to each other before the truce that was to be kept'} for n in (1, 2))
+    text = f'A talk{main.cited(first, sources)} between two sides{main.cited(second, sources)}.'
+    asyncio.run(store.ask('me', None, text, None, 'm'))
+    found = next(hit for hit in search(store, typed) if hit.message)
+    store.close()
+    html = main.to_xml(main.Snippet(found)[1])
+    assert plain(Page(html.replace('<mark>', '«').replace('</mark>', '»')).root.text).startswith(shown), html
+
 @pytest.mark.parametrize('case', [case for case in CORPUS if case['where'] in ('query', 'form_field', 'message')],
                          ids=lambda case: case['id'])
 def test_whatever_is_typed_is_a_query(library, case): assert isinstance(search(library, spelled(case)), list)
