@@ -16,6 +16,7 @@
 # %%
 import asyncio
 import base64
+import binascii
 import contextlib
 import contextvars
 import csv
@@ -57,7 +58,7 @@ from html import escape, unescape
 from ipaddress import ip_network
 from itertools import groupby, islice
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import apsw
 import httpx2
@@ -85,7 +86,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import (HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response,
                                  StreamingResponse)
 from starlette.routing import WebSocketRoute
@@ -525,6 +526,38 @@ def query_of(typed: str) -> str:
     unfinished = '*' * (bool(terms) and unicodedata.category(typed[-1])[0] in 'LNM')
     return ' '.join(f'"{term}"' for term in terms) + unfinished
 
+# A citation as `cited` writes it; what a person reads of it is its number.
+CITATION = re.compile(r'\[([⁰¹²³⁴-⁹]+)\]\(<[^<>\n]{0,2100}> "[^"\n]{0,3000}"\)')
+LETTER, OTHER, SEEN = r'[^\W_]', r'[\W_]', 200_000  # what the index takes for a word; how far a text is looked through
+
+@functools.cache
+def unaccented() -> dict[int, str]:
+    return {n: parts[0] for n in range(0xc0, 0x2000) if len(parts := unicodedata.normalize('NFD', chr(n))) > 1}
+
+def folded_letters(text: str) -> str:
+    "Small letters without accents, one for each, so that a place in them is a place in the text."
+    return (text if text.isascii() else text.translate(unaccented())).lower()
+
+def around(text: str, query: str) -> str:
+    "The words around the first match in a text, matches marked: SQLite's `snippet` is quadratic in the matches."
+    sought, terms = [], [re.findall(LETTER + '+', folded_letters(term)) for term in re.findall('"([^"]*)"', query)]
+    for n, words in enumerate(filter(None, terms), 1):
+        begins = '' if UNSPACED.match(words[0]) else f'(?<!{LETTER})'
+        ends = '' if UNSPACED.match(words[-1][-1]) or n == len(terms) and query[-1] == '*' else f'(?!{LETTER})'
+        sought.append(f'{begins}{f"{OTHER}*".join(words[:8])}{ends if len(words) <= 8 else ""}')
+    sought, first = re.compile('|'.join(sought) or '(?!)'), None
+    for shown in (CITATION.sub(r'\1', text), text):
+        if first := sought.search(plain := folded_letters(shown)): break
+    at = first.start() if first else 0
+    start = at - 60 if at > 80 else 0
+    start = start and max(start, shown.find(' ', start, at) + 1)
+    end = min(start + 200, len(shown))
+    parts, last = ['…' * bool(start)], start
+    for match in sought.finditer(plain, at, end):
+        parts += [shown[last:match.start()], MATCH[0], shown[match.start():match.end()], MATCH[1]]
+        last = match.end()
+    return ''.join([*parts, shown[last:end], '…' * (end < len(shown))])
+
 # The newest matches are ranked, not all: a common word is in every second message.
 HITS = '''with found (id, rank) as materialized (
     select rowid, bm25(said_index) from said_index where said_index match :query order by rowid desc limit 500)
@@ -900,14 +933,11 @@ class Store:
         values = dict(query=query_of(typed), owner=owner, now=time.time(), limit=limit, start=MATCH[0], end=MATCH[1])
         if not values['query']: return []
         titles, said = db.q(TITLES, values | {'limit': 8}), db.q(HITS, values)
-        ids = [hit['message'] for hit in said] or [0]
-        # `+`: else each of these rows would be a search of its own
-        snippets = db.q(f"""select rowid as id, snippet(said_index, 0, :start, :end, '…', 24) as text from said_index
-                            where said_index match :query and rowid >= {min(ids)} and +rowid in
-                            ({', '.join(map(str, ids))})""", values)
-        snippets = {row['id']: row['text'] for row in snippets}
-        hits = titles + [hit | {'snippet': snippets[hit['message']]} for hit in said]
-        return [Hit(**hit | {'snippet': hit['snippet'].replace(GAP, '')}) for hit in hits]
+        texts = {row['id']: row['text'] for row in db.q(
+            'select id, substr(content, 1, ?) as text from message where id in (select value from json_each(?))',
+            [SEEN, json.dumps([hit['message'] for hit in said])])}
+        return [Hit(**hit | {'snippet': hit['snippet'].replace(GAP, '')}) for hit in titles] + [
+            Hit(**hit, snippet=around(texts[hit['message']], values['query'])) for hit in said]
 
     @writes
     def reindex(self, db):
@@ -1393,8 +1423,8 @@ async def everything(store: Store, owner: str) -> AsyncIterator[bytes]:
     archive.close()
     yield out.take()
 
-def pack(archive, conversation, tree):
-    told, when = exported(conversation, tree), time.gmtime(max(conversation.created, 315_619_200))  # zips know 1980 on
+def pack(archive, conversation, tree):  # zips know the years from 1980 to 2107
+    told, when = exported(conversation, tree), time.gmtime(min(max(conversation.created, 315_619_200), 4_354_732_800))
     name = '-'.join([time.strftime('%Y-%m-%d', when), *re.findall(r'\w+', conversation.title[:50]), conversation.id])
     text = as_document(conversation, [tree[m['id']] for m in told['messages']])
     for kind, data in (('json', as_text(told)), ('md', text.encode())):
@@ -4033,12 +4063,9 @@ def Bar(title, look, conversation=None, demo=False):
         Heading(conversation, title), Span('Demo model', cls='tag') if demo else None,
         A(Icon('new'), Unseen('New conversation'), href='/', cls='round', title='New conversation'), id='bar')
 
-# In what was found a citation is its number again, also where it is cut off, but not where it is what matched.
-CITATION = re.compile(rf'(?<=^…)[^"[{MATCH}]*"\)|\[([⁰¹²³⁴-⁹]+)\]\(<[^>{MATCH}]*(?:> "[^"{MATCH}]*)?(?:"\)|(?=…$))')
-
 def Snippet(hit):
     "What was found: the conversation it is in, and the words around the matches."
-    parts = re.split(f'[{MATCH}]', CITATION.sub(r'\1', hit.snippet))
+    parts = re.split(f'[{MATCH}]', hit.snippet)
     words = [Mark(part) if n % 2 else part for n, part in enumerate(parts)]
     return words if hit.message is None else [Span(hit.title, cls='where'), Span(*words)]
 
@@ -5233,7 +5260,10 @@ HEADERS = {b'content-security-policy': POLICY.encode(), b'x-content-type-options
 # the policy is no-referrer; same-origin tells other sites no more.
 OVER_HTTP, AT_HOME = {b'referrer-policy': b'same-origin'}, r'(localhost|127\.0\.0\.1|\[::1\])(:\d+)?$'
 OPEN = re.compile('/login|/healthz|/assets/[^/]+')  # what needs no session; the manifest is one of the assets
-FORMS = ('application/x-www-form-urlencoded', 'multipart/form-data')
+TYPED, CARRYING = 'application/x-www-form-urlencoded', 'multipart/form-data'
+# And nothing else: a `charset` would choose among all codecs there are, of which some take hours.
+FORM = re.compile(rf'''{TYPED}(; ?charset="?utf-8"?)?|{CARRYING}; ?boundary=("?)[\w'()+,./:=?-]{{1,70}}\2''',
+                  re.IGNORECASE)
 REQUEST = contextvars.ContextVar('the id of the request that is being answered', default=None)
 SMALL, LOUDEST = 65_536, 1_024  # bytes that a stranger may send freely; bytes of a password
 
@@ -5253,6 +5283,13 @@ def typed_bytes(password: str) -> bytes:
 def own_path(path: str) -> str:
     "A path of this app to go on to; anything that could lead elsewhere becomes `/`."
     return path if re.fullmatch(r'/(?![/\\])[!-\[\]-~]*', path) else '/'
+
+def carries(headers) -> bool: return headers.get('content-type', '').lower().startswith(CARRYING)
+
+def path_of(url: str) -> str:
+    "The path of an address that a stranger may have sent."
+    try: return urlsplit(url).path
+    except ValueError: return '/'
 
 class Door:
     "Decides who may come in, bounds what they bring, and puts the headers on every answer."
@@ -5297,6 +5334,7 @@ class Door:
             refusal = self.objection(scope)
             if refusal and scope['type'] == 'websocket': await answer({'type': 'websocket.close'})  # becomes a 403
             else: await (refusal or self.admit)(scope, receive, answer)
+        except ClientDisconnect: status = 499  # it broke off in the middle of what it sent; nobody is there to answer
         finally:
             log.info('request', extra={'fields': dict(method=scope.get('method', 'SOCKET'), path=path, status=status,
                                                       ms=round(1000 * (time.monotonic() - began)))})
@@ -5315,7 +5353,7 @@ class Door:
         most = 0 if reads or socket else self.most(scope)
         if not length.isdecimal() or int(length[:20]) > most or reads and 'transfer-encoding' in headers:
             return PlainTextResponse(f'More than {most:,} bytes are too much here.', 413)
-        if length != '0' and not headers.get('content-type', FORMS[0]).startswith(FORMS):  # FastHTML would parse JSON
+        if not reads and not socket and not FORM.fullmatch(headers.get('content-type', TYPED)):  # FastHTML parses JSON
             return PlainTextResponse('This is no form that can be read.', 415)
         if scope['owner']:
             crowd = socket and sum(owner == scope['owner'] for owner, _ in self.sockets.values())
@@ -5327,7 +5365,7 @@ class Door:
         headers, limits = Headers(scope=scope), self.settings
         most = limits.max_body_bytes + limits.max_files * limits.max_file_bytes
         if scope['path'] == '/import': most = limits.max_import_bytes
-        files = headers.get('content-type', '').startswith(FORMS[1]) and 'content-length' in headers
+        files = carries(headers) and 'content-length' in headers
         if not files or not scope['owner']: return limits.max_body_bytes
         room = shutil.disk_usage(self.store.file.parent).free - limits.min_free_bytes
         return min(most, max(room, limits.max_body_bytes))
@@ -5336,10 +5374,10 @@ class Door:
         "Open paths, else the way to the login page: with where one was going, and with what one had typed."
         posts = not reads and scope['method'] == 'POST'
         if OPEN.fullmatch(path): return self.hear_out if posts else None
-        place = urlsplit(headers['hx-current-url']).path if 'hx-current-url' in headers else path
+        place = path_of(headers['hx-current-url']) if 'hx-current-url' in headers else path
         if reads and 'hx-request' not in headers and scope['query_string']:
             place += '?' + scope['query_string'].decode('latin-1')
-        if not reads: place = re.match('/(c/[^/]+)?', place)[0]
+        if not reads: place = (re.match('/(c/[^/]+)?', place) or '/')[0]
         way = '/login?' + urlencode({'next': own_path(place)})
         if 'hx-request' in headers: return PlainTextResponse('Sign in first.', 401, {'hx-redirect': way})
         if posts: return functools.partial(self.hear_out, path=way)
@@ -5481,15 +5519,28 @@ def parley(conn) -> Parley: return conn.app.state.parley
 def owner(conn) -> str: return conn.scope['owner']
 def by_htmx(req): return 'hx-request' in req.headers and 'hx-history-restore-request' not in req.headers
 
+BARE = re.compile(b'%(?![0-9A-Fa-f]{2})')  # a sign that escapes nothing stands for itself
+
+def read_form(body: bytes, most: int) -> dict[str, str]:
+    """The fields of a form of plain letters. The usual way makes objects of 200 bytes for each `%`; here the one of
+    e-mail does it, with `=` for `%`. Raises `Refused` 413 more than `most` fields, 422 no UTF-8."""
+    def read(quoted):
+        quoted = BARE.sub(b'%25', quoted.replace(b'+', b' ')).replace(b'=', b'%3D')
+        return binascii.a2b_qp(quoted.replace(b'%', b'=')).decode()
+    pairs = [pair.partition(b'=') for pair in body.split(b'&', most) if pair]
+    if len(pairs) > most: raise Refused(413, 'This form has too many fields.')
+    if next(islice(BARE.finditer(body), 1_000, None), None): raise Refused(422, 'This is no form that can be read.')
+    try: return {read(name): read(value) for name, _, value in pairs}
+    except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
+
 async def form_of(req: Request) -> dict[str, str]:
     """The fields of a posted form, read from the body itself: FastHTML's injected parameters can be overridden by a
-    cookie or a header of the same name. Raises `Refused` 422 what is no text, 413 a long field."""
-    if 'multipart' in req.headers.get('content-type', ''):
+    cookie or a header of the same name. Raises `Refused` 422 what is no text, 413 a long field or too many."""
+    if carries(req.headers):
         form = {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
     else:
         body, most = await req.body(), 20 + parley(req).settings.max_files + parley(req).settings.max_servers
-        try: form = dict(parse_qsl(body.decode(), keep_blank_values=True, errors='strict', max_num_fields=most))
-        except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
+        form = await asyncio.to_thread(read_form, body, most) if len(body) > SMALL else read_form(body, most)
     most = parley(req).settings.max_field_chars
     if all(len(form[name]) <= most for name in form.keys() - {'message', 'system', 'shown'}): return form
     raise Refused(413, 'A field of this form is too long.', form.get('message', ''))
@@ -5590,7 +5641,7 @@ def told(req, place, *fragments):
     if not by_htmx(req): return RedirectResponse(place, 303)
     return fragments or Response(status_code=204)
 
-def standing(req): return urlsplit(req.headers.get('hx-current-url', '')).path  # the page that asks
+def standing(req): return path_of(req.headers.get('hx-current-url', ''))  # the page that asks
 
 @rt.get('/list')
 async def listed(req):
@@ -5831,7 +5882,7 @@ async def keep(req, form, conversation=None) -> dict:
     if not conversation: return choices_in(req, form)
     by = req.headers.get('hx-trigger-name')
     def change(before):
-        shown, now = dict(parse_qsl(form.get('shown', urlencode(marks(before))))), marks(form)
+        shown, now = read_form(form.get('shown', urlencode(marks(before))).encode(), 99), marks(form)
         changed = [{'instead': 'model', 'prompt': 'system', 'do': 'system'}.get(by, by)] if by else [
             name for name in {**now, **shown} if now.get(name, '0') != shown.get(name, '0')]  # nothing is 0
         return choices_in(req, before | {name: form.get(name, '') for name in changed}, before)

@@ -40,10 +40,11 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import httpx
 import httpx2
@@ -783,7 +784,8 @@ def test_a_title_comes_before_what_was_said_and_matches_are_marked(library):
     assert not search(library, 'jap', owner='you')
 
 @pytest.mark.parametrize('typed, shown', [
-    ('talk', 'A «talk»¹…'), ('sides', '… between two «sides»²…'), ('enemies', 'A talk[¹](<https://example.com/a_(b)1> "Words of all the «enemies»')])
+    ('talk', 'A «talk»¹ between two sides².'), ('sides', 'A talk¹ between two «sides»².'),
+    ('enemies', 'A talk[¹](<https://example.com/a_(b)1> "Words of all the «enemies» at war')])
 def test_a_citation_is_its_number_in_what_was_found(tmp_path, typed, shown):
     sources, store = {}, main.Store(tmp_path / 'cited.db')
     first, second = ({'url': f'https://example.com/a_(b){n}', 'cited_text': 'Words of all the enemies at war, and what they '
@@ -794,6 +796,22 @@ def test_a_citation_is_its_number_in_what_was_found(tmp_path, typed, shown):
     store.close()
     html = main.to_xml(main.Snippet(found)[1])
     assert plain(Page(html.replace('<mark>', '«').replace('</mark>', '»')).root.text).startswith(shown), html
+
+@pytest.mark.parametrize('typed, text, shown', [
+    ('tea', 'steam, teams and Téa', 'steam, «tea»ms and «Téa»'), ('te', 'steam, teams', 'steam, «te»ams'),
+    ('"green tea"', 'green teas, green -- tea', 'green teas, «green -- tea»'), ('tea cup', 'a cup of tea', 'a «cup» of «tea»'),
+    ('cafe', 'un cafe\u0301 noir', 'un «cafe»\u0301 noir'), ('i\u0307stanbul', 'İSTANBUL', '«İSTANBUL»'),
+    ('本語', 'これは日本語です', 'これは日«本語»です'), ('end', 'x ' * 50 + 'the end', '…' + 'x ' * 27 + 'the «end»'),
+    ('end', 'the end' + ' x' * 200, 'the «end»' + ' x' * 96 + ' …'), ('a+b', 'sum: a+b', 'sum: «a+b»'), ('late', 'x ' * 150_000 + 'late', 'x ' * 100 + '…')])
+def test_the_words_around_a_match_are_shown(typed, text, shown):
+    found = main.around(text[:main.SEEN], main.query_of(typed))
+    assert found.replace('\ue000', '«').replace('\ue001', '»') == shown
+
+@given(st.text('ab é\u0301日本.İ', max_size=400), st.text('ab é日İ', min_size=1, max_size=9))
+def test_the_words_around_a_match_are_those_of_the_text(text, typed):
+    if not (query := main.query_of(typed)): return
+    found = main.around(text, query)
+    assert re.sub('[\ue000\ue001]', '', found).removeprefix('…').removesuffix('…') in text and len(found) < 700
 
 @pytest.mark.parametrize('case', [case for case in CORPUS if case['where'] in ('query', 'form_field', 'message')],
                          ids=lambda case: case['id'])
@@ -3336,6 +3354,54 @@ def test_a_login_of_another_shape_is_refused(stranger, kind, body):
     asked = time.monotonic()
     answer = stranger.http.post('/login', content=body, headers={'Content-Type': kind})
     assert answer.status_code in (400, 401, 413, 415, 422) and not may_enter(stranger) and time.monotonic() - asked < 2
+
+@pytest.mark.parametrize('kind', [
+    *[f'multipart/form-data; boundary=B; charset={codec}' for codec in ('punycode', 'unicode_escape', 'undefined', 'utf-8')],
+    'multipart/form-data; charset=punycode; boundary=B', 'application/x-www-form-urlencoded; x=multipart',
+    'application/x-www-form-urlencoded; charset=punycode', 'application/x-www-form-urlencoded, multipart/form-data'])
+@pytest.mark.parametrize('chunked', [False, True])
+def test_no_other_codec_or_parser_is_chosen_by_a_header(stranger, kind, chunked):
+    body = b'--B\r\nContent-Disposition: form-data; name="message"\r\n\r\n' + b'ab-a\\ud800' * 99 + b'\r\n--B--\r\n'
+    sent = stranger.http.post('/login', content=iter([body]) if chunked else body, headers={'Content-Type': kind})
+    assert sent.status_code == 415 and sent.headers['x-content-type-options'] == 'nosniff'
+
+@pytest.mark.parametrize('kind', ['application/x-www-form-urlencoded;charset=UTF-8', 'application/x-www-form-urlencoded; charset=utf-8'])
+def test_the_ways_a_browser_names_a_form_are_known(stranger, kind):
+    sent = stranger.http.post('/login', content=urlencode({'password': PASSWORD}), headers={'Content-Type': kind})
+    assert sent.status_code == 303 and may_enter(stranger)
+
+@given(st.lists(st.tuples(st.text(max_size=9), st.text('ab+&=% é漢\n', max_size=30)), max_size=9), st.text('ab+&=%4Ff', max_size=40))
+def test_a_form_is_read_as_the_library_reads_it(pairs, raw):
+    for body in (urlencode(pairs), raw):
+        try: known = dict(parse_qsl(body, keep_blank_values=True, errors='strict'))
+        except UnicodeDecodeError: known = None
+        try: assert main.read_form(body.encode(), 50) == known
+        except main.Refused as no: assert known is None and no.status == 422
+
+@pytest.mark.parametrize('body', [b'a=' + b'%' * 1_000_000, b'a=' + b'%E6%BC%A2' * 110_000, b'a=' + b'%41b' * 250_000, b'&' * 1_000_000])
+def test_a_form_takes_no_more_memory_than_a_few_times_its_length(body):
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(main.Refused): main.read_form(body, 50)
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(body)
+    finally: tracemalloc.stop()
+    with pytest.raises(main.Refused, match='too many fields'): main.read_form(b'a=1&' * 60, 50)
+
+def test_whatever_a_stranger_says_of_where_it_is_the_answer_has_its_headers(house, stranger, owner):
+    no = {'HX-Current-URL': 'http://['}
+    assert stranger.get('/c/x', **no).status_code in (303, 401) and owner.get('/list', **no).status_code < 400
+    for line in ('OPTIONS * HTTP/1.1', 'DELETE * HTTP/1.1'):
+        answer = asked_raw(house.url, line, f'Host: {urlsplit(house.url).netloc}', f'Origin: {house.url}')
+        assert answer.startswith('HTTP/1.1 4') and 'nosniff' in answer
+
+def test_a_request_that_breaks_off_is_no_fault_of_ours(house, caplog):
+    lines = ['POST /login HTTP/1.1', f'Host: {urlsplit(house.url).netloc}', f'Origin: {house.url}', 'Content-Length: 100',
+             'Content-Type: application/x-www-form-urlencoded', '', 'message=half']
+    with socket.create_connection(('127.0.0.1', urlsplit(house.url).port), DEADLINE) as wire:
+        wire.sendall('\r\n'.join(lines).encode())
+    def over(): return [r for r in caplog.records if getattr(r, 'fields', {}).get('status') == 499]
+    with caplog.at_level('INFO'): assert eventually(over)
+    assert not [record for record in caplog.records if record.levelname == 'ERROR']
 
 @pytest.mark.parametrize('typed', ['caf\u00e9 au lait bon', 'cafe\u0301 au lait bon', ' caf\u00e9 au lait bon\n'])
 def test_a_password_is_the_same_however_its_accents_are_typed(new_site, typed):
