@@ -81,7 +81,7 @@ from mdit_py_plugins.footnote.index import footnote_def
 from pygments.lexers import get_lexer_by_name
 from pygments.token import STANDARD_TYPES
 from pygments.util import ClassNotFound
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -5395,6 +5395,8 @@ class Door:
     async def admit(self, scope, receive, send):
         "Run the app: a body must come in time, and a socket lives no longer than its session."
         if scope['type'] == 'http':
+            if not carries(Headers(scope=scope)):  # else FastHTML would read each form, on the loop and at any cost
+                scope['headers'] = [pair for pair in scope['headers'] if pair[0] != b'content-type']
             most, until = self.most(scope), time.monotonic() + self.settings.body_seconds
 
             async def in_time():
@@ -5521,7 +5523,7 @@ def by_htmx(req): return 'hx-request' in req.headers and 'hx-history-restore-req
 
 BARE = re.compile(b'%(?![0-9A-Fa-f]{2})')  # a sign that escapes nothing stands for itself
 
-def read_form(body: bytes, most: int) -> dict[str, str]:
+def read_form(body: bytes, most: int) -> list[tuple[str, str]]:
     """The fields of a form of plain letters. The usual way makes objects of 200 bytes for each `%`; here the one of
     e-mail does it, with `=` for `%`. Raises `Refused` 413 more than `most` fields, 422 no UTF-8."""
     def read(quoted):
@@ -5530,17 +5532,22 @@ def read_form(body: bytes, most: int) -> dict[str, str]:
     pairs = [pair.partition(b'=') for pair in body.split(b'&', most) if pair]
     if len(pairs) > most: raise Refused(413, 'This form has too many fields.')
     if next(islice(BARE.finditer(body), 1_000, None), None): raise Refused(422, 'This is no form that can be read.')
-    try: return {read(name): read(value) for name, _, value in pairs}
+    try: return [(read(name), read(value)) for name, _, value in pairs]
     except ValueError: raise Refused(422, 'This is not text that can be read (UTF-8).') from None
 
-async def form_of(req: Request) -> dict[str, str]:
-    """The fields of a posted form, read from the body itself: FastHTML's injected parameters can be overridden by a
-    cookie or a header of the same name. Raises `Refused` 422 what is no text, 413 a long field or too many."""
-    if carries(req.headers):
-        form = {name: value for name, value in (await req.form()).items() if isinstance(value, str)}
-    else:
+async def fields_of(req: Request) -> list[tuple[str, str | UploadFile]]:
+    "The fields of a posted form in their order. Raises `Refused` 422 what is no text, 413 too many."
+    if carries(req.headers): return (await req.form()).multi_items()
+    if not hasattr(req.state, 'fields'):
         body, most = await req.body(), 20 + parley(req).settings.max_files + parley(req).settings.max_servers
-        form = await asyncio.to_thread(read_form, body, most) if len(body) > SMALL else read_form(body, most)
+        small = len(body) <= SMALL
+        req.state.fields = read_form(body, most) if small else await asyncio.to_thread(read_form, body, most)
+    return req.state.fields
+
+async def form_of(req: Request) -> dict[str, str]:
+    """The texts of a posted form, read from the body itself: FastHTML's injected parameters can be overridden by a
+    cookie or a header of the same name. Raises `Refused` as `fields_of` does, 413 a long field."""
+    form = {name: value for name, value in await fields_of(req) if isinstance(value, str)}
     most = parley(req).settings.max_field_chars
     if all(len(form[name]) <= most for name in form.keys() - {'message', 'system', 'shown'}): return form
     raise Refused(413, 'A field of this form is too long.', form.get('message', ''))
@@ -5548,11 +5555,12 @@ async def form_of(req: Request) -> dict[str, str]:
 async def files_of(req: Request) -> list[dict]:
     """The files that a form brings or names, as blocks; also at `req.state.files`, even if some are refused.
     Raises `Refused` as `Turns.attach` does, 422 when one is not here, 413 for too many."""
-    form, here, most, refusals = await req.form(), parley(req), parley(req).settings.max_files, []
-    names = [value.partition(' ')[::2] for value in form.getlist('file') if isinstance(value, str)][:most + 1]
+    fields, here, most, refusals = await fields_of(req), parley(req), parley(req).settings.max_files, []
+    names = [value.partition(' ')[::2] for name, value in fields if name == 'file' and isinstance(value, str)]
+    names = names[:most + 1]
     found = [file | {'name': file_name(file['name'])} for file in await here.store.named(owner(req), names)]
     if len(found) < len(names): refusals.append(Refused(422, 'A file is not here any more: attach it again.'))
-    for part in form.getlist('upload')[:most + 1]:
+    for part in [value for name, value in fields if name == 'upload'][:most + 1]:
         if isinstance(part, str) or not part.filename and not part.size: continue
         name = (part.filename or '').replace('%22', '"')  # as browsers write it in the head of a part
         try: found.append(await here.turns.attach(owner(req), name, await part.read()))
@@ -5882,7 +5890,7 @@ async def keep(req, form, conversation=None) -> dict:
     if not conversation: return choices_in(req, form)
     by = req.headers.get('hx-trigger-name')
     def change(before):
-        shown, now = read_form(form.get('shown', urlencode(marks(before))).encode(), 99), marks(form)
+        shown, now = dict(read_form(form.get('shown', urlencode(marks(before))).encode(), 99)), marks(form)
         changed = [{'instead': 'model', 'prompt': 'system', 'do': 'system'}.get(by, by)] if by else [
             name for name in {**now, **shown} if now.get(name, '0') != shown.get(name, '0')]  # nothing is 0
         return choices_in(req, before | {name: form.get(name, '') for name in changed}, before)

@@ -925,6 +925,12 @@ def test_an_export_of_claude_comes_in_with_branches_dates_and_titles(new_site, w
     assert path_of(old) == [('user', 'An old one 😀 \ufffd!'), ('assistant', 'Yes.')] and old['title'] == 'An old one 😀 \ufffd!'
     assert bring(me, wrap(CLAUDE)) == '0 conversations with 0 messages came in, 2 were here already.'
 
+@pytest.mark.parametrize('when', [1, 315_000_000, 4_400_000_000, 253_402_214_399])
+def test_a_date_that_no_zip_can_hold_is_exported_too(new_site, when):
+    me = new_site().person()
+    bring(me, [CLAUDE[0] | {'created_at': when}])
+    assert not exports(me).testzip() and len(exports(me).namelist()) == 2 and chats(me)[0]['created'] == when
+
 def test_an_export_of_chatgpt_comes_in_without_what_people_never_see(new_site):
     me = new_site().person()
     parts = {f'conversations-00{n}.json': [told] for n, told in enumerate(CHATGPT)}
@@ -3375,7 +3381,7 @@ def test_a_form_is_read_as_the_library_reads_it(pairs, raw):
     for body in (urlencode(pairs), raw):
         try: known = dict(parse_qsl(body, keep_blank_values=True, errors='strict'))
         except UnicodeDecodeError: known = None
-        try: assert main.read_form(body.encode(), 50) == known
+        try: assert dict(main.read_form(body.encode(), 50)) == known
         except main.Refused as no: assert known is None and no.status == 422
 
 @pytest.mark.parametrize('body', [b'a=' + b'%' * 1_000_000, b'a=' + b'%E6%BC%A2' * 110_000, b'a=' + b'%41b' * 250_000, b'&' * 1_000_000])
