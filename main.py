@@ -528,7 +528,7 @@ def query_of(typed: str) -> str:
 
 # A citation as `cited` writes it; what a person reads of it is its number.
 CITATION = re.compile(r'\[([⁰¹²³⁴-⁹]+)\]\(<[^<>\n]{0,2100}> "[^"\n]{0,3000}"\)')
-LETTER, OTHER, SEEN = r'[^\W_]', r'[\W_]', 200_000  # what the index takes for a word; how far a text is looked through
+LETTER, OTHER, SEEN = r'[^\W_]', r'[\W_]', 50_000  # what the index takes for a word; how far a text is looked through
 
 @functools.cache
 def unaccented() -> dict[int, str]:
@@ -545,8 +545,8 @@ def around(text: str, query: str) -> str:
         begins = '' if UNSPACED.match(words[0]) else f'(?<!{LETTER})'
         ends = '' if UNSPACED.match(words[-1][-1]) or n == len(terms) and query[-1] == '*' else f'(?!{LETTER})'
         sought.append(f'{begins}{f"{OTHER}*".join(words[:8])}{ends if len(words) <= 8 else ""}')
-    sought, first = re.compile('|'.join(sought) or '(?!)'), None
-    for shown in (CITATION.sub(r'\1', text), text):
+    sought, first = re.compile('|'.join(dict.fromkeys(sought)) or '(?!)'), None
+    for shown in dict.fromkeys((CITATION.sub(r'\1', text), text)):
         if first := sought.search(plain := folded_letters(shown)): break
     at = first.start() if first else 0
     start = at - 60 if at > 80 else 0
