@@ -5667,7 +5667,8 @@ async def listed(req):
     current, leaf = standing(req).removeprefix('/c/'), ''
     items = ListItems(found, look_of(req), current, after, limit)
     with contextlib.suppress(Refused): leaf = (await parley(req).store.path(owner(req), current, ENDLESS))[0].leaf
-    if by_htmx(req): return *filter(None, items), HttpHeader('x-edition', now), HttpHeader('x-leaf', str(leaf))
+    if by_htmx(req): return (*filter(None, items), HttpHeader('x-edition', now),
+                             *[HttpHeader('x-leaf', str(leaf))] * standing(req).startswith('/c/'))
     return await page(req, 'Conversations', Div(Ul(*items), id='empty', cls='listing'), to='/')
 
 @rt.get('/actions/{conversation_id}')

@@ -4920,6 +4920,20 @@ def test_an_open_conversation_follows_what_is_done_on_another_page(view, site, u
     assert same('third') and len(shown(view)) == 6 and not view.console + other.console
 
 @browser_test
+def test_a_conversation_that_begins_while_the_list_is_on_its_way_is_not_called_deleted(view, me, upstream):
+    held = []
+    view.page.route('**/list?*', lambda asked: held.append(asked), times=1)
+    me.ask(elsewhere := upstream.says('elsewhere')).ended()
+    assert view.eventually(lambda: held)
+    view.send(question := upstream.says('first')).ends()
+    held[0].continue_()
+    rows_ = view.page.locator('#conversations a[id] > span:first-child')
+    assert view.eventually(lambda: {elsewhere, question} <= {plain(t) for t in rows_.all_inner_texts()})
+    assert view.page.locator('#notice').inner_text() == '' and not view.console
+    me.post(urlsplit(view.page.url).path + '/delete')
+    assert view.eventually(lambda: 'was deleted' in view.page.locator('#notice').inner_text())
+
+@browser_test
 def test_the_stop_button_stops(view, upstream):
     view.send(question := upstream.says('half ', HANG)).until('half')
     view.button('stop').first.click()
