@@ -2122,14 +2122,14 @@ class Claude:
 
     def valid(self, said: Mapping, before: Mapping = {}) -> dict:
         """What of `said`, by a form or long ago, can be chosen today: what the list of models has, and a system prompt.
-        A model that is retired can only be kept from `before`."""
+        A model that is retired can only be kept from `before`; tokens out of range are kept to be told of."""
         said = {name: str(value) for name, value in said.items()}
         kept, model = {}, self.models.get(said.get('model'))
         if model and (model.lifecycle != 'retired' or model.id == before.get('model')): kept['model'] = model.id
         model, tokens, system = self.model_of(kept), said.get('max_tokens', ''), said.get('system', '').strip()
         for name, allowed in (('effort', model.efforts), ('thinking', model.ways)):
             if said.get(name) in allowed: kept[name] = said[name]
-        if tokens.isdecimal() and len(tokens) < 9 and 0 < int(tokens) < self.longest(model):
+        if re.fullmatch(r'-?[0-9]{1,12}', tokens) and int(tokens) != self.longest(model):
             kept['max_tokens'] = int(tokens)
         kept |= {name: 'on' for name in said if re.fullmatch(r'mcp-\d{1,15}', name) and said[name] == 'on'}
         if said.get('web') == 'on' and 'web_search' in model.tools: kept['web'] = 'on'
@@ -2143,7 +2143,8 @@ class Claude:
         always asked to, else its thinking is hidden."""
         choices, path = self.valid(choices, choices), compacted(path)
         model, think, effort = self.model_of(choices), choices.get('thinking'), choices.get('effort')
-        most = choices.get('max_tokens', self.longest(model))
+        most = choices.get('max_tokens', 0)
+        if not 0 < most < self.longest(model): most = self.longest(model)
         request = {'model': model.id, 'max_tokens': most}
         if 'system' in choices: request['system'] = choices['system']
         if model.known:  # the API finds the place to cache by itself, and says why an earlier one was of no use
@@ -3928,7 +3929,7 @@ def Composer(typed='', notice='', to='', setup=None, after=None, files=()):
         Div(Opener(setup) if setup else None, P(id='link'),
             P(Kbd('Enter'), ' sends, ', Kbd('Shift Enter'), ' breaks the line', cls='hint'), cls='under'),
         id='composer', method='post', action=to or None, hx_post=to, hx_target='#messages', hx_swap='beforeend',
-        hx_disabled_elt='.send')
+        hx_disabled_elt='.send', novalidate=True)  # a field of the closed panel can't say what is wrong with it
 
 EXAMPLES = ['What is recursion? Show me with a short Python function.', 'Compare tea and coffee in a small table.',
             'Help me answer a difficult e-mail kindly and briefly.', 'Why is the sky blue? Give me the formula, too.']
@@ -4964,6 +4965,10 @@ function rename(id) {
     home().focus();
   });
 }
+on('htmx:oobAfterSwap', e => { // what is said of a setting stands in its panel, unless that was closed meanwhile
+  const { id, textContent } = e.detail.target;
+  if (id === 'chosen' && textContent && !$('#panel:popover-open')) notice(textContent);
+});
 on('htmx:oobAfterSwap', e => {
   if (e.detail.target.id !== 'undo' || !$('#undo button')) return;
   $('#sidebar:popover-open')?.hidePopover(); // on a phone it would hide the way back
@@ -5631,7 +5636,9 @@ async def setup_of(req, conversation=None, choices=None, said='') -> Setup:
     if choices is None: choices = await here.turns.first_choices(owner(req))
     model = here.claude.model_of(choices)
     held, longest = here.claude.valid(choices, choices), here.claude.longest(model)
-    if held.get('thinking') == 'on' and held.get('max_tokens', longest) <= LEAST_THINKING:
+    if not 0 < (most := held.get('max_tokens', longest)) <= longest:
+        said += f' An answer may have 1 to {longest:,} tokens.'
+    elif held.get('thinking') == 'on' and most <= LEAST_THINKING:
         said += f' {model.name} only thinks where an answer may have more than {LEAST_THINKING:,} tokens.'
     models = list((here.claude.models | {model.id: model}).values())
     return Setup(conversation, choices, model, models, {m.id: here.claude.rates(m.id) for m in models},

@@ -1670,6 +1670,19 @@ def test_thinking_that_has_no_room_says_so(lab):
     assert said not in chat.post('/choices', max_tokens='1025', headers={'HX-Trigger-Name': 'max_tokens'}).text
     assert said not in chat.post('/choices', model='claude-old-1', max_tokens='9').text
 
+@pytest.mark.parametrize('most', ['0', '999999', '-5'])
+def test_tokens_out_of_range_are_told_of_stay_as_typed_and_are_in_nobodys_way(lab, most):
+    me, said = lab.person(), 'An answer may have 1 to 9,000 tokens.'
+    chat = me.ask(first := lab.upstream.says('One.'), model='claude-nova-1', max_tokens=most).over()
+    told = chat.post('/choices', **filled(chat.page()), headers={'HX-Trigger-Name': 'max_tokens'}).text
+    assert said in next(n for n in Page(told).root.children if n.attrs.get('hx-swap-oob') == 'innerHTML').text
+    unscripted = chat.post('/choices', **filled(chat.page()), htmx=False, message='typed').text
+    for page in (unscripted, chat.page()): assert said in page and field(page, 'max_tokens').attrs['value'] == most
+    assert said in Page(unscripted).root.find('notice').text
+    chat.say(second := lab.upstream.says('Two.')).ended()
+    assert [body(lab, question)['max_tokens'] for question in (first, second)] == [9_000, 9_000]
+    assert said not in chat.post('/choices', **filled(chat.page(), max_tokens='9'), htmx=False).text
+
 def test_a_retired_model_says_so_and_offers_the_next_of_its_line(lab):
     me = lab.person()
     chat = me.ask(lab.upstream.says('One.'), system='Hm.')
@@ -5875,6 +5888,23 @@ def test_the_settings_of_a_conversation_by_keyboard_and_on_a_phone(profile, lab,
     page.reload()
     assert page.locator('#effort').input_value() == 'low' and page.locator('#system').input_value() == 'Be brief.'
     assert not view.console
+
+@browser_test
+@pytest.mark.parametrize('script', [True, False])
+def test_tokens_out_of_range_never_keep_a_message_from_being_sent(profile, lab, script):
+    view = View(profile(java_script_enabled=script), lab.url)
+    page, said = view.page, 'An answer may have 1 to '
+    for idx, most in ((1, '0'), (3, '999999')):
+        page.locator('#opener [popovertarget]').click()
+        page.locator('#max_tokens').fill(most)
+        page.keyboard.press('Escape')
+        assert not script or view.eventually(lambda: said in page.locator('#notice').inner_text())
+        view.composer.fill(lab.upstream.says('Sent.'))
+        page.locator('#composer .send').click()
+        assert view.ends(idx=idx) == 'Sent.' and page.locator('#max_tokens').input_value() == most
+        page.locator('#opener [popovertarget]').click()
+        assert said in page.locator('#panel').inner_text() and not view.console
+        page.keyboard.press('Escape')
 
 @browser_test
 def test_a_server_is_connected_switched_on_and_its_call_is_seen(profile, workshop):
