@@ -4125,7 +4125,8 @@ def Page(title, conversations, *content, look, conversation=None, running=False,
         Link(rel='stylesheet', href=asset('parley.css')), Link(rel='manifest', href=asset('parley.webmanifest')),
         Link(rel='icon', href=asset('icon.svg'), data_news=asset('news.svg')),
         *[Script(src=asset(name), defer=True) for name in ('htmx.js', 'ws.js', 'parley.js')],
-        Noscript(Meta(http_equiv='refresh', content='2')) if running else None)
+        Noscript(Meta(http_equiv='refresh', content=f'2; url={look["here"]}' if composer.get('to') else '2'))
+        if running else None)
     return Html(head, Body(
         A('To the message box', href='#message', cls='skip unseen'), Bar(title, look, conversation, demo),
         Sidebar(conversations, look, conversation and conversation.id),
@@ -5595,8 +5596,12 @@ def look_of(req):
     "How this browser wants its pages, from its cookies; `here`, to come back to after a change; `locked`: has a login."
     said = {name: req.cookies.get(name) for name in LOOKS}
     looks = {name: said[name] if said[name] in known else known[0] for name, known in LOOKS.items()}
-    return looks | {'here': req.url.path, 'locked': parley(req).settings.locked, 'zone': zone_of(req),
+    return looks | {'here': home_of(req), 'locked': parley(req).settings.locked, 'zone': zone_of(req),
                     'edition': edition(req)}
+
+def home_of(req):
+    "The page that an address is of, where its form may have been answered with a page: the conversation's, or the first."
+    return re.sub(r'^(/c/[^/]+)/.*|^/choices$', r'\1', req.url.path) or '/'
 
 def zone_of(conn):
     "This browser's time zone in minutes east of Greenwich, as its script said."
@@ -5920,7 +5925,7 @@ async def chosen(req, conversation=None):
     said = f'{model.name} does not take this {" and ".join(lost)}.' if lost else ''
     setup = await setup_of(req, conversation, choices, said)
     if by_htmx(req): return Fields(setup), Opener(setup, hx_swap_oob='true'), Said(setup, hx_swap_oob='innerHTML')
-    more = {'setup': setup, 'typed': form.get('message', ''), 'notice': setup.said}
+    more = {'setup': setup, 'typed': form.get('message', ''), 'notice': setup.said, 'to': home_of(req)}
     return await (shown(req, conversation, **more) if conversation else page(req, 'Parley', Empty(setup.model), **more))
 
 @rt.post('/c/{conversation_id}/retry')
@@ -6120,7 +6125,8 @@ async def refused(req, error):
     words = None if typed or files else Div(H2(error.words), P(
         A('A new conversation', href='/'), ' ', A('The trash', href=trash.to()) if trashed else None), id='empty')
     notice = '' if words else error.words  # beside the text that is still there, or in the middle of an empty page
-    return HTMLResponse(to_xml(Page('Parley', found, words, look=look_of(req), typed=typed, notice=notice,
+    to = '' if req.url.path.endswith('/edit') else home_of(req)  # what was refused as an edit is sent again as one
+    return HTMLResponse(to_xml(Page('Parley', found, words, look=look_of(req), typed=typed, notice=notice, to=to,
                                     files=files)), error.status, headers)
 
 # %%

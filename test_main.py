@@ -1611,6 +1611,22 @@ def test_without_a_script_the_panel_keeps_what_was_typed(lab):
     chat.ended()
     assert body(lab, question)['model'] == 'claude-old-1'
 
+@pytest.mark.parametrize('do, status', [
+    ({'do': 'save'}, 200), ({'do': 'use'}, 200), ({'do': 'keep', 'prompt_name': 'One'}, 200), ({'do': 'drop'}, 200),
+    ({'instead': 'claude-old-1'}, 200), ({'do': 'keep', 'prompt_name': ''}, 422), ({'system': 'x' * 100}, 413)])
+def test_without_a_script_one_writes_on_from_the_page_that_answers_a_setting(lab, do, status):
+    me = lab.person()
+    chat = me.ask('One.', model='claude-nova-1').over()
+    for place, home in (('/choices', '/'), (f'/c/{chat.id}/choices', f'/c/{chat.id}')):
+        page = me.post(place, htmx=False, **{'model': 'claude-nova-1', 'system': 'Hm.', 'message': 'typed'} | do)
+        composer = Page(page.text).root.find('composer').attrs
+        assert page.status_code == status and composer['action'] == composer['hx-post'] == home and 'typed' in typed(page.text)
+        sent = me.post(composer['action'], htmx=False, message=(question := lab.upstream.says('Sent.')))
+        Chat(me, sent.headers['location'].removeprefix('/c/'), '').ended()
+        assert sent.status_code == 303 and len(lab.upstream.called(question)) == 1
+        looked = me.post('/look', htmx=False, theme='dark', back=field(page.text, 'back').attrs['value'])
+        assert looked.headers['location'] == home
+
 def filled(html, **changed):
     "What the settings of a page post without a script, with some of them changed."
     def value(name): return ''.join(picked(html, name)) or field(html, name).attrs.get('value') or plain(field(html, name).text)
