@@ -1150,26 +1150,26 @@ class Store:
 
     @writes_durably
     def ask(self, db, owner, conversation, text, key, model, choices=None, after=None, instead=None,
-            files=(), summary=False) -> tuple[Message, Message, bool]:
+            files=None, summary=False) -> tuple[Message, Message, bool]:
         """Save a question and its empty reply: in a new conversation with `choices` if `conversation` is None; at the
         end of the path, where the page that sends it saw the message `after` (None: it does not say); or as a sibling
-        of the question `instead`, whose files it keeps beside its own.
+        of the question `instead`, whose files it keeps where `files` is None.
 
         Returns both and whether they are new: the same `key` again finds what the first send saved.
         Raises `Refused`: 404 no such conversation or question, 409 a reply is running, the path ends elsewhere, or the
         key was used for another text."""
         if sent := self._sent(db, owner, conversation, text, key): return *sent, False
         self._room_for()
-        leaf, blocks = None, [*files]
+        leaf, blocks = None, [*(files or ())]
         if after is not None: self._drop_draft(db, owner, conversation or '')
         if conversation is None:
-            conversation = self._begin(db, owner, text.strip() or ', '.join(f['name'] for f in files), choices or {})
+            conversation = self._begin(db, owner, text.strip() or ', '.join(f['name'] for f in blocks), choices or {})
         else: leaf = self._free_leaf(db, owner, conversation, text)
         if leaf and after and after != str(leaf.id): raise Refused(409, ELSEWHERE, text)
         if instead is not None:
             old = self._message(db, owner, conversation, instead, 'user')
             leaf = old.parent and self._row(db, old.parent)
-            blocks = old.blocks + blocks  # what was attached stays attached
+            blocks = [b for b in old.blocks if files is None or 'sha' not in b] + blocks  # what has none can't be named
         question = self._add(db, owner, conversation, leaf, 'user', text, 'done', key=key, blocks=blocks,
                              meta={'summary': 1} if summary else {})
         reply = self._add(db, owner, conversation, question, 'assistant', '', RUNNING, model=model)
@@ -3475,6 +3475,8 @@ def Editor(message):
     return Article(
         H2('You', cls='unseen'),
         BranchForm(f'{edit.to(conversation_id=message.conversation)}?at={message.id}', message, Key(id=None),
+             Ul(*[Chip(block) for block in message.blocks if block.get('sha')], cls='files', aria_label='Files to send'),
+             Input(type='hidden', name='upload'),  # it says which files there are: without a word they would stay
              Div(Textarea('\n' + message.content, name='message', rows=2, autofocus=True, autocomplete='off',
                           aria_label='Your question'),
                  Button(Icon('send'), Unseen('Send the changed question'), cls='send round'), cls='field'),
@@ -4821,10 +4823,10 @@ on('click', e => {
   else if (control?.matches('.attach')) upload.click();
   else if (control?.matches('.remove')) {
     const chip = control.parentNode;
+    $('textarea', chip.closest('form')).focus();
     chip.remove();
     chip.asked?.abort();
     waiting = false;
-    box.focus();
   }
 });
 
@@ -5600,7 +5602,7 @@ def look_of(req):
                     'edition': edition(req)}
 
 def home_of(req):
-    "The page that an address is of, where its form may have been answered with a page: the conversation's, or the first."
+    "The page that an address is of, also of a form that was answered with a page: the conversation's, or the first."
     return re.sub(r'^(/c/[^/]+)/.*|^/choices$', r'\1', req.url.path) or '/'
 
 def zone_of(conn):
@@ -5853,8 +5855,9 @@ async def ask(req, conversation_id: str):
 async def edit(req, conversation_id: str):
     "Ask another question in place of `at`, which stays beside it."
     form = await form_of(req)
-    question, _ = await parley(req).turns.ask(owner(req), conversation_id, form.get('message', ''),
-                                              form.get('key') or None, instead=req.query_params.get('at', ''))
+    files = await files_of(req) if 'upload' in dict(await fields_of(req)) else None
+    question, _ = await parley(req).turns.ask(owner(req), conversation_id, form.get('message', ''), files=files,
+                                              key=form.get('key') or None, instead=req.query_params.get('at', ''))
     return await branch(req, conversation_id, question.idx)
 
 @rt.post('/c/{conversation_id}/choose')

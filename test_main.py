@@ -2750,6 +2750,27 @@ def test_edit_fork_export_and_import_keep_the_files(desk):
         assert 'Nothing came in' in bring(json.dumps(odd)).text
 
 
+def test_a_file_that_the_api_refuses_is_taken_out_of_its_question(desk):
+    me, words = desk.person(), desk.upstream.plays(refuses(400), says('Fine.'), says('Good.'))
+    bad, good, theirs = (attached(me, pixels(f'{n}.png', 60 + n))[0] for n in range(3))
+    chat = me.ask(words, file=[bad, good], model='claude-seer-1').over()
+    def sent(): return desk.upstream.called(words)[-1].body['messages'][0]['content']
+    def kinds(): return [b['type'] for b in sent()]
+    at = id_of(chat, 0)
+    def edit(**form): return chat.post(f'/edit?at={at}', message=words, **form)
+    assert chat.reply['status'] == 'failed' and kinds() == ['image', 'image', 'text']
+    editor = next(n for n in Page(me.get(f'/c/{chat.id}?edit={at}').text).root.walk() if n.attrs.get('class') == 'edit')
+    offered = [(n.attrs['name'], n.attrs.get('value')) for n in editor.all(lambda n: n.attrs.get('name') in ('file', 'upload'))]
+    assert offered == [('file', bad), ('file', good), ('upload', None)]
+    assert edit(file=good, upload='').status_code == 200 and chat.ended()['status'] == 'done' and kinds() == ['image', 'text']
+    python(CHANGE, desk.db, f"update attached set owner = 'somebody else' where sha = '{theirs.split()[0]}'")
+    assert edit(file=[good, theirs], upload='').status_code == 422
+    blank = chat.post(f'/edit?at={at}', htmx=False, message=' ', upload='')
+    assert blank.status_code == 422 and edit(upload='').status_code == 200
+    chat.ended()
+    assert sent() == words
+
+
 # ---- Words: tables, properties, an oracle; nothing is timed, work is counted in characters parsed --------------------
 
 SAYINGS = [case for case in CORPUS if case.get('enc') in (None, 'repeat') and spelled(case).strip() and case['where'] in
@@ -5479,6 +5500,27 @@ def test_a_message_is_not_sent_without_a_file_that_could_not_come(seer):
     assert seer.eventually(lambda: 'can’t be attached' in page.locator('#notice').inner_text())
     page.wait_for_timeout(300)
     assert seer.composer.input_value() == 'With a file' and not seer.bubble(0).count()
+
+@browser_test
+@pytest.mark.parametrize('script', [True, False])
+def test_a_file_is_taken_out_of_a_question_that_is_changed(profile, desk, script):
+    me, question = desk.person(), desk.upstream.plays(refuses(400), says('Fine.'))
+    chat = me.ask(question, model='claude-seer-1', file=attached(me, pixels('bad.png', 70), ('good.txt', b'good'))).over()
+    view = View(profile(java_script_enabled=script), f'{desk.url}/c/{chat.id}')
+    edit, box = view.page.locator('.edit'), view.page.locator('.edit textarea')
+    def change(): view.bubble(0).hover(), view.bubble(0).get_by_role('link', name='Edit').click(), box.wait_for()
+    change()
+    if script:
+        box.fill('half a thought'), box.press('Escape'), box.wait_for(state='detached'), change()
+        assert view.eventually(lambda: box.input_value() == 'half a thought')
+        edit.get_by_role('button', name='Remove bad.png').click()
+        assert view.page.evaluate("document.activeElement.matches('.edit textarea')")
+    else: edit.get_by_role('checkbox', name='Send bad.png').uncheck()
+    assert edit.locator('.chip').count() == 2 - script
+    box.fill(question), edit.locator('.send').click()
+    assert view.ends() == 'Fine.' and not view.console
+    assert view.page.locator('#msg-0 .files li').all_inner_texts()[0].startswith('good.txt')
+    assert [b['type'] for b in desk.upstream.called(question)[-1].body['messages'][0]['content']] == ['document', 'text']
 
 @browser_test
 def test_a_model_that_can_not_read_a_file_is_warned_of(seer):
