@@ -3475,8 +3475,8 @@ def Editor(message):
     return Article(
         H2('You', cls='unseen'),
         BranchForm(f'{edit.to(conversation_id=message.conversation)}?at={message.id}', message, Key(id=None),
-             Ul(*[Chip(block) for block in message.blocks if block.get('sha')], cls='files', aria_label='Files to send'),
-             Input(type='hidden', name='upload'),  # it says which files there are: without a word they would stay
+             Ul(*[Chip(b) for b in message.blocks if b.get('sha')], cls='files', aria_label='Files to send'),
+             Input(type='hidden', name='upload'),  # the form says which files go along: without it all would
              Div(Textarea('\n' + message.content, name='message', rows=2, autofocus=True, autocomplete='off',
                           aria_label='Your question'),
                  Button(Icon('send'), Unseen('Send the changed question'), cls='send round'), cls='field'),
@@ -3904,10 +3904,11 @@ def Opener(setup, **attrs):
                Button(f'Go on with {next.name}', name='instead', value=next.id, form='composer', formaction=setup.place,
                       cls='quiet', hx_post=setup.place, hx_target='#fields', hx_swap='outerHTML',
                       hx_params='not message,key') if gone and next else None,
-               Label(Input(type='checkbox', name='web', value='on', checked='web' in setup.choices, form='composer',
-                           hx_post=setup.place, hx_trigger='change', hx_swap='none', hx_params='not message,key'),
+               Label(Input(type='checkbox', id='web', name='web', value='on', checked='web' in setup.choices,
+                           form='composer', hx_post=setup.place, hx_trigger='change', hx_swap='none',
+                           hx_params='not message,key'),
                      'Web search', cls='quiet') if 'web_search' in setup.model.tools else None,
-               Button(setup.model.name, type='button', popovertarget='panel', cls='quiet',
+               Button(setup.model.name, id='settings', type='button', popovertarget='panel', cls='quiet',
                       title='Model and settings of this conversation', data_action='Settings of this conversation'),
                id='opener', data_reads=' '.join(['image'] * setup.model.images + ['pdf'] * setup.model.pdfs), **attrs)
 
@@ -4968,6 +4969,10 @@ function rename(id) {
     home().focus();
   });
 }
+on('htmx:oobBeforeSwap', e => { // what is being set here stays, whatever is set on another page
+  const being = '#panel:is(:popover-open, :has(.htmx-request)) #fields:has([hx-post^="/c/"])';
+  if (e.detail.target.matches(being)) e.detail.shouldSwap = false;
+});
 on('htmx:oobAfterSwap', e => { // what is said of a setting stands in its panel, unless that was closed meanwhile
   const { id, textContent } = e.detail.target;
   if (id === 'chosen' && textContent && !$('#panel:popover-open')) notice(textContent);
@@ -5626,16 +5631,21 @@ async def sent(req, question, reply):
     "Answer a send: the two bubbles as a fragment, or the way to the conversation."
     place = show.to(conversation_id=reply.conversation)
     if not by_htmx(req): return RedirectResponse(place, 303)
-    return (await bubble(req, question), await bubble(req, reply), *following(reply))
+    return (await bubble(req, question), await bubble(req, reply), *await following(req, reply))
 
-def following(message): return Key(hx_swap_oob='true'), After(message.id, hx_swap_oob='true')
+async def following(req, message):
+    "What a page goes on with behind a message: a key, the message, and the settings, which another may have changed."
+    conversation, _ = await parley(req).store.path(owner(req), message.conversation, ENDLESS)
+    setup = await setup_of(req, conversation.id, conversation.choices)
+    return (Key(hx_swap_oob='true'), After(message.id, hx_swap_oob='true'), Fields(setup, hx_swap_oob='true'),
+            Opener(setup, hx_swap_oob='true'))
 
 async def branch(req, conversation, idx):
     "Answer a change of branch: the path from depth `idx` on in place of what was there, or the page at that message."
     if not by_htmx(req):
         return RedirectResponse(f'{show.to(conversation_id=conversation)}?from={idx}#msg-{idx}', 303)
     _, path = await parley(req).store.path(owner(req), conversation, idx)
-    return (*[await bubble(req, m) for m in path], *following(path[-1]))
+    return (*[await bubble(req, m) for m in path], *await following(req, path[-1]))
 
 async def setup_of(req, conversation=None, choices=None, said='') -> Setup:
     "What is and what can be chosen for a conversation, or for one that has not begun."
@@ -5768,10 +5778,7 @@ async def begin(req):
     conversation, _ = await parley(req).store.path(owner(req), reply.conversation, reply.idx)
     place = show.to(conversation_id=conversation.id)
     return (*answer, Div(id='empty', hx_swap_oob='delete'), Title(conversation.title),
-            Heading(conversation, hx_swap_oob='true'),
-            Fields(setup := await setup_of(req, conversation.id, conversation.choices), hx_swap_oob='true'),
-            Opener(setup, hx_swap_oob='true'),
-            HtmxResponseHeaders(push_url=place))
+            Heading(conversation, hx_swap_oob='true'), HtmxResponseHeaders(push_url=place))
 
 @rt.get('/search')
 async def search(req):
@@ -5809,7 +5816,7 @@ async def caught_up(req, conversation_id, after):
     if ids[-1] == after: return Response(status_code=204)
     if after not in ids: new = Div(*await transcript(req, path), hx_swap_oob='innerHTML:#messages')
     else: new = Div(*[await bubble(req, m) for m in path[ids.index(after) + 1:]], hx_swap_oob='beforeend:#messages')
-    return new, *following(path[-1])
+    return new, *await following(req, path[-1])
 
 async def shown(req, conversation_id, **more):
     """The end of a conversation, from `?from=` a depth on if that is more, or what comes before `?before=` a depth;

@@ -1626,6 +1626,7 @@ def test_without_a_script_one_writes_on_from_the_page_that_answers_a_setting(lab
         assert sent.status_code == 303 and len(lab.upstream.called(question)) == 1
         looked = me.post('/look', htmx=False, theme='dark', back=field(page.text, 'back').attrs['value'])
         assert looked.headers['location'] == home
+    for prompt in options(page.text, 'prompt')[1:] if field(page.text, 'prompt') else []: me.post('/choices', do='drop', prompt=prompt)
 
 def filled(html, **changed):
     "What the settings of a page post without a script, with some of them changed."
@@ -5946,6 +5947,35 @@ def test_the_settings_of_a_conversation_by_keyboard_and_on_a_phone(profile, lab,
     page.reload()
     assert page.locator('#effort').input_value() == 'low' and page.locator('#system').input_value() == 'Be brief.'
     assert not view.console
+
+@browser_test
+def test_a_page_shows_the_settings_of_another_but_never_in_place_of_what_is_typed(profile, lab):
+    view, says_ = View(profile(), lab.url), lab.upstream.says
+    view.send(says_('One.')).ends()
+    other, place = View(view.profile, view.page.url), urlsplit(view.page.url).path
+    def switch(**form): lab.person().post(f'{place}/choices', model=form.pop('model', 'claude-nova-1'), **form)
+    def shows(v, model):
+        return v.eventually(lambda: model in v.page.locator('#opener').inner_text()
+                            and v.page.locator('#model').input_value() == model)
+    def focused(): return other.page.evaluate('[document.activeElement.id, document.activeElement.value]')
+    other.composer.fill('half a thought')
+    switch(system='Hm.')
+    view.send(says_('Two.')).ends(idx=3), other.ends(idx=3)
+    assert shows(other, 'claude-nova-1') and shows(view, 'claude-nova-1') and focused() == ['message', 'half a thought']
+    other.page.locator('#opener [popovertarget]').click()
+    system = other.page.locator('#system')
+    assert system.input_value() == 'Hm.'
+    system.press('Control+a'), system.press_sequentially('Half a prompt')
+    switch(model='claude-bare-1')
+    view.send(says_('Three.')).ends(idx=5)
+    other.ends(idx=5)
+    assert other.eventually(lambda: 'bare' in other.page.locator('#opener').inner_text())
+    assert focused() == ['system', 'Half a prompt'] and other.page.locator('#model').input_value() == 'claude-nova-1'
+    with other.page.expect_response('**/choices'): other.page.keyboard.press('Escape')
+    other.page.locator('#settings').focus()
+    view.send(says_('Four.')).ends(idx=7), other.ends(idx=7)
+    assert shows(other, 'claude-bare-1') and system.input_value() == 'Half a prompt' and focused()[0] == 'settings'
+    assert other.composer.input_value() == 'half a thought' and not view.console + other.console
 
 @browser_test
 @pytest.mark.parametrize('script', [True, False])
