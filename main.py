@@ -39,8 +39,10 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import unicodedata
@@ -78,9 +80,7 @@ from markdown_it.renderer import RendererHTML
 from markdown_it.rules_block import StateBlock, paragraph
 from markdown_it.rules_core import StateCore
 from mdit_py_plugins.footnote.index import footnote_def
-from pygments.lexers import get_lexer_by_name
 from pygments.token import STANDARD_TYPES
-from pygments.util import ClassNotFound
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -2909,35 +2909,83 @@ MARK = '<span class="end"></span>'  # stands in a tail where plain letters may f
 END, ASIDE = '\ufdd0', '\ufdd1'     # noncharacters, never in a text (see `normal`): the mark, and a thing set aside
 BLOCK_LIMIT = 64 * 1024    # characters; a longer block is shown unstyled
 CODE_LIMIT = 100 * 1024    # characters; longer code is not coloured
+CODE_SECONDS = 0.5         # of CPU to colour a block; a language that took longer is plain for the next
+SLOW_SECONDS = 600         # as every one is while so many of them are slow:
+SLOW_MOST = 10
 FORMULA_LIMIT = 2_000      # characters; a longer formula is shown as its source, and so are
 FORMULAS_LIMIT = 500       # further ones in the same block: each costs about 0.3 ms
 DEEP = 24                  # levels of quotes and lists (a list is two); what is deeper is plain text
 CALM = 2_000               # characters; a longer tail is set again only when it has grown by an eighth
-QUIET = {'', 'n', 'p', 'w', 'x', 'err'}  # what no style colours needs no span: half the nodes of a code block
+# What no style colours needs no span: half the nodes of a code block.
+COLOURED = set(STANDARD_TYPES.values()) - {'', 'n', 'p', 'w', 'x', 'err'}
 
 def normal(text):
     """`text` with `\\n` for every line end; U+FFFD for NUL, lone surrogates and our own two marks."""
     return re.sub('[\0\ud800-\udfff\ufdd0\ufdd1]', '\ufffd', re.sub('\r\n?', '\n', text))
 
-@functools.lru_cache(64)
-def lexer(name):
-    try: return get_lexer_by_name(name, stripnl=False, ensurenl=False)
-    except ClassNotFound: return None
+class Lexers:
+    """Code to words, [[class, text]], in a process of its own: a few letters can keep one of Pygments' expressions busy
+    for ever, and it holds the GIL. The process begins with the first block, knows no secret and ends with its input, so
+    with ours; the kernel ends it when a block has had its time, and the next block begins another. To be called in a
+    thread: who comes while others are slow waits."""
+    PROGRAM = '''
+import sys
+seconds, sys.path[:] = float(sys.argv[1]), sys.argv[2:]
+import json, signal
+from pygments.lexers import get_all_lexers, get_lexer_by_name
+from pygments.token import STANDARD_TYPES
+names = {name for _, names, *_ in get_all_lexers(plugins=False) for name in names}
+for line in sys.stdin:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    name, code = json.loads(line)
+    try:
+        tokens = get_lexer_by_name(name, stripnl=False, ensurenl=False).get_tokens(code) if name in names else ()
+        words = [(STANDARD_TYPES.get(kind) or STANDARD_TYPES.get(kind.parent, ''), text) for kind, text in tokens]
+    except Exception: words = []
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    print(json.dumps(words), flush=True)
+'''
+    def __init__(self): self.lock, self.child, self.line, self.slow = threading.Lock(), None, None, {}
 
-def coloured(code, name):
-    """HTML in pieces of some thousand characters: nh3 sees no giant string, and other threads get their turn."""
-    tokens, spans = list(lexer(name).get_tokens(code)), []
-    if ''.join(text for _, text in tokens) != code: return [escape(code, False)]  # some lexers drop a character
-    for kind, text in tokens:
-        name = STANDARD_TYPES.get(kind) or STANDARD_TYPES.get(kind.parent, '')
-        spans.append(escape(text, False) if name in QUIET else f'<span class="{name}">{escape(text, False)}</span>')
+    def words(self, code, name):
+        "The words of `code`, none if it is to stand plain."
+        with self.lock:
+            now = time.monotonic()
+            self.slow = {slow: until for slow, until in self.slow.items() if until > now}
+            if name in self.slow or len(self.slow) >= SLOW_MOST: return []
+            try:
+                if not self.child or self.child.poll() is not None: self._begin()
+                self.line.sendall(json.dumps([name, code]).encode() + b'\n')
+                with self.line.makefile('rb') as answer: words = json.loads(answer.readline())
+                return words if ''.join(text for _, text in words) == code else []  # some lexers drop a character
+            except (OSError, ValueError, TypeError):
+                self.slow[name] = now + SLOW_SECONDS
+                if self.child: self.child.kill(), self.child.wait()
+                return []
+
+    def _begin(self):
+        if self.line: self.line.close()
+        self.line, theirs = socket.socketpair()
+        self.line.settimeout(10 * CODE_SECONDS)  # of the clock, should the kernel's hand ever fail
+        with theirs:
+            self.child = subprocess.Popen(  # noqa: S603 our own words only
+                [sys.executable, '-IS', '-c', self.PROGRAM, str(CODE_SECONDS), *sys.path], stdin=theirs, stdout=theirs,
+                stderr=subprocess.DEVNULL, cwd='/', env={}, start_new_session=True)
+
+LEXERS = Lexers()
+
+def coloured(words):
+    """HTML in pieces of some hundred words: nh3 sees no giant string, and other threads get their turn."""
+    spans = [f'<span class="{name}">{escape(text, False)}</span>' if name in COLOURED else escape(text, False)
+             for name, text in words]
     return [''.join(spans[i:i + 400]) for i in range(0, len(spans), 400)]
 
 def figure(code, info='', colour=True):
     """A code block; the text of its `code` is `code`, to the letter."""
     name = (re.match(r'\s*([A-Za-z0-9+#._-]{1,24})(?=[\s{,]|$)', info) or ['', ''])[1]
-    fancy = colour and name and len(code) <= CODE_LIMIT and END not in code and lexer(name.lower())
-    pieces = coloured(code, name.lower()) if fancy else [escape(code, False).replace(END, MARK)]
+    fancy = colour and name and 0 < len(code) <= CODE_LIMIT and END not in code
+    words = fancy and LEXERS.words(code, name.lower())
+    pieces = coloured(words) if words else [escape(code, False).replace(END, MARK)]
     return (f'<figure class="code"><figcaption>{name}</figcaption><pre tabindex="0"><code>'
             + ''.join(map(clean, pieces)) + '</code></pre></figure>')
 
@@ -3248,6 +3296,7 @@ BEGUN = r'(?:[*_`]*[^\W\d]|#{1,6} \S)'
 NEW_BLOCK = re.compile(rf'\n[ \t]*\n{BEGUN}|\n```[^`\n]*\n')
 
 def weight(text): return len(text) + 25 * text.count('[')  # in 5 us to typeset it, or less
+def may_have_code(text): return '```' in text or '~~~' in text  # to colour, which takes its time
 
 class Typesetter:
     """Typesets a reply while it is written: feed pieces of text, get changes. After `finish()`, `blocks` equals
@@ -3263,16 +3312,16 @@ class Typesetter:
         self._start('')
 
     def _start(self, text):  # a new tail
-        self._pieces, self._size, self._weight = [text], len(text), weight(text)
+        self._pieces, self._size, self._weight, self._code = [text], len(text), weight(text), may_have_code(text)
         self._end, self._fence = text[-100:], None            # a pattern: how the open fence would end
         self._html, self._marked, self._shown = '', False, 0  # as it was last set, at the size `_shown`
         self._added, self._held = [], ''                      # since then; what may be the end of a fence
         self._vain = 0                                        # the size at which a new block closed nothing
 
-    @property
-    def heavy(self):
-        """May the next feed, of an ordinary piece, take longer than about 10 ms? Then call it in a thread."""
-        return self._size > 5_000 if self._fence else self._weight > 2_000
+    def heavy(self, piece):
+        """May the next feed, of an ordinary `piece`, take longer than about 10 ms? Then call it in a thread."""
+        if may_have_code(self._end + piece): return True
+        return self._size > 5_000 if self._fence else self._code or self._weight > 2_000
 
     @property
     def tail(self): return self._html.replace(MARK, escape(''.join(self._added)) + MARK)
@@ -3285,6 +3334,7 @@ class Typesetter:
         recent, at = self._end + text, len(self._end)
         self._pieces.append(text)
         self._size, self._weight, self._end = self._size + len(text), self._weight + weight(text), recent[-100:]
+        self._code = self._code or may_have_code(recent)
         plain = self._marked and (self._shown > BLOCK_LIMIT or PLAIN.fullmatch(recent, at))
         if self._fence:
             if self._fence.search(recent): return self._set()
@@ -3711,7 +3761,8 @@ class LiveReply:
     async def now(self, look):
         """What `look()` says once all that is committed is typeset: at once if it is little, in a thread if it may take
         long (shielded then: a viewer that leaves must not take a frame with it). Nobody looks while a thread sets."""
-        if self.lock.locked() or self.words.heavy or self.turn.over or sum(map(len, self._new())) > 2_000:
+        new = ''.join(self._new())
+        if self.lock.locked() or self.turn.over or len(new) > 2_000 or self.words.heavy(new):
             return await asyncio.shield(self._now(look))
         self._add(self.words.feed(self._read()))
         return look()
@@ -3795,7 +3846,7 @@ class Shelf:
     async def content(self, message) -> str:
         if (html := self.html.get(message.id)) is not None: return html
         typeset = render_user if message.role == 'user' else lambda text: ''.join(render(text))
-        quick = len(message.content) < 1_000
+        quick = len(message.content) < 1_000 and not may_have_code(message.content)
         html = typeset(message.content) if quick else await asyncio.to_thread(typeset, message.content)
         if message.status != RUNNING: self.put(message.id, html)
         return html

@@ -29,6 +29,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -3007,6 +3008,105 @@ def test_code_keeps_every_character(code, name):
     parser.feed(figure[figure.index('<code>') + 6:figure.index('</code>')])
     parser.close()
     assert ''.join(found) == code
+
+
+# A few letters that keep one of Pygments' expressions busy for ever, or nearly.
+ENDLESS = {'mcschema': '<!--' * 40, 'maple': '"' + '\\a' * 60, 'c': 'a' + ' ' * 20_000 + 'b', 'java': '\n' * 30_000}
+
+@pytest.fixture
+def lexers():
+    lexers = main.Lexers()
+    yield lexers
+    if lexers.child: lexers.child.kill()
+
+def has_ended(pid):
+    "Wait for the end of a process that need not be our child."
+    with contextlib.suppress(ProcessLookupError):
+        watched = os.pidfd_open(pid)
+        try: return bool(select.select([watched], [], [], DEADLINE)[0])
+        finally: os.close(watched)
+    return True
+
+
+@pytest.mark.parametrize('name', ENDLESS)
+def test_code_that_takes_for_ever_to_colour_stands_plain(lexers, name):
+    assert lexers.words('x = 1', 'python')
+    first = lexers.child
+    assert lexers.words(ENDLESS[name], name) == [] and first.returncode is not None
+    assert lexers.words('x', name) == [] and lexers.child is first             # its language is left alone for a while
+    assert ['o', '='] in lexers.words('x = 1', 'python') and lexers.child is not first
+    lexers.slow[name] = 0
+    assert lexers.words('x', name)
+
+
+def test_while_too_many_languages_are_slow_none_is_asked(lexers):
+    lexers.slow = dict.fromkeys(range(main.SLOW_MOST), float('inf'))
+    assert lexers.words('x = 1', 'python') == [] and not lexers.child
+
+
+@pytest.mark.parametrize('code, name', [('x', 'nonsense'), ('x', 'c++'), ('<b>\ud800\ufdd1"', 'python'), ('x\n' * 9_000, 'sql')])
+def test_any_code_in_any_language_gets_an_answer(lexers, code, name):
+    words = lexers.words(code, name)
+    assert not lexers.slow and ''.join(text for _, text in words) == code * (name != 'nonsense')
+
+
+def test_who_colours_code_may_end_at_any_time_and_is_asked_by_many_at_once(lexers):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: lexers.words(f'x = {n}', 'python')[-1][1], range(100)))
+        assert found == [str(n) for n in range(100)]
+    lexers.child.kill()
+    has_ended(lexers.child.pid)
+    assert lexers.words('x = 1', 'python') and not lexers.slow
+
+
+def test_who_colours_code_knows_nothing_and_ends_with_us():
+    code = """if True:
+        import json, main, os, sys
+        main.render('```python\\nx = 1\\n```')
+        child = main.LEXERS.child.pid
+        about = f'/proc/{child}/'
+        fds = sorted({os.readlink(f'{about}fd/{fd}').partition(':')[0] for fd in os.listdir(f'{about}fd')})
+        print(json.dumps([child, open(f'{about}environ').read(), fds, os.getsid(child) == child]), flush=True)
+        sys.stdin.read()"""
+    for end in (subprocess.Popen.kill, lambda parent: parent.stdin.close()):
+        parent = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  cwd=SOURCE.parent, env=os.environ | {'SECRET': 'canary'})
+        child, environment, fds, apart = json.loads(parent.stdout.readline())
+        assert (environment, fds, apart) == ('', ['/dev/null', 'socket'], True)
+        end(parent)
+        parent.wait(DEADLINE)
+        assert has_ended(child)
+
+
+@pytest.mark.parametrize('text', [f'```maple\n{ENDLESS["maple"]}\n```\n', f'> ```maple\n> {ENDLESS["maple"]}\n\nso\n\n',
+                                  f'- ~~~maple\n  {ENDLESS["maple"]}\n  ~~~\n\nso\n\n'])
+def test_everybody_else_is_served_while_code_is_coloured(text):
+    reply = main.Message(1, 'c', 'o', 1, None, 'assistant', text, 'running', '', '', None, 0, 0)
+    def shelf(): return main.Shelf().content(reply)
+    def live(*pieces):
+        turn = main.Turn(reply)
+        view = main.LiveReply.of(turn)
+        async def read():
+            for piece in pieces:
+                turn.pieces.append(piece)
+                await view.now(view.html)
+            return view.html()
+        return read()
+    async def served(reading):
+        main.LEXERS.slow.clear()
+        reading, turns = asyncio.create_task(reading), 0
+        while not reading.done(): turns += await asyncio.sleep(0, 1)
+        return turns, reading.result()
+    shown = f'<code>{html.escape(ENDLESS["maple"], False)}\n</code>'
+    for reading in (shelf(), live(text), live(*text)):
+        turns, markup = asyncio.run(served(reading))
+        assert turns > 100 + len(text) and shown in markup and 'maple' in main.LEXERS.slow
+    main.LEXERS.slow.clear()
+
+
+def test_what_colours_code_answers_is_text_too():
+    assert main.coloured([['k"><b>', '<i>'], ['', '&'], ['n', 'x'], ['k', '<']]) == [
+        '&lt;i&gt;&amp;x<span class="k">&lt;</span>']
 
 
 def test_a_persons_words_are_shown_as_written():
