@@ -3132,7 +3132,8 @@ class Pen(RendererHTML):
         told = f' <span class="host">({escape(host)})</span>' if host and pretends(words, host) else ''
         tokens[end].meta['html'] = f'</a>{told}' if host else ''
         title = title and f' title="{escape(title)}"'
-        return f'<a href="{escape(url)}"{title} target="_blank">' if host else ''
+        cite = ' class="cite"' * (bool(words) and {*map(ord, words)} <= {*RAISED.values()})
+        return f'<a{cite} href="{escape(url)}"{title} target="_blank">' if host else ''
     def link_close(self, tokens, i, *_): return tokens[i].meta['html']
 
     def image(self, tokens, i, options, env):
@@ -3156,7 +3157,7 @@ WALL = nh3.Cleaner(
     tag_attribute_values={'a': {'target': {'_blank'}}, 'div': {'tabindex': {'0'}}},
     allowed_classes={'span': {'end', 'host', 'image', 'box', *STANDARD_TYPES.values()} - {''}, 'li': {'task'},
                      'div': {'table', 'math', 'plain'}, 'sup': {'note'}, 'section': {'notes'}, 'p': {'cut'},
-                     **dict.fromkeys(('th', 'td'), {'left', 'center', 'right'})},
+                     'a': {'cite'}, **dict.fromkeys(('th', 'td'), {'left', 'center', 'right'})},
     url_schemes={'http', 'https', 'mailto'}, url_relative='deny', link_rel='noopener noreferrer nofollow')
 def clean(html): return WALL.clean(ASIDE + html)[1:]  # with something before it, or a leading U+FEFF would go
 
@@ -3486,7 +3487,7 @@ def Account(message):
         'Tokens in': ', '.join([f'{fresh:,} fresh'] + [f'{read:,} from the cache'] * bool(read)
                                + [f'{written:,} into the cache'] * bool(written)) if used else '',
         'Tokens out': f'{about}{said:,}' if used else '',
-        'Cost': f'{about}{money(number(meta, "cost"))}' if 'cost' in meta else 'price unknown' if used else '',
+        'Cost': f'{about}{money(number(meta, "cost"))}' if used and 'cost' in meta else 'price unknown' if used else '',
         'Searches': f'{searches}, not in the cost' if searches else '',
         'Time': f'{whole:.1f} s, the first of it after {first:.1f} s' if first else f'{whole:.1f} s' if whole else '',
         'Speed': f'{said / (whole - first):.0f} tokens a second' if said and whole - first >= .1 else '',
@@ -3655,6 +3656,7 @@ def told_step(step):
         case 'thinking', _:
             seconds = block.get('seconds')
             words = f'Thought for {seconds:.0f} s' if isinstance(seconds, float) else 'Thought'
+            if isinstance(seconds, float) and seconds < 1: words = 'Thought for a moment'
             return 'Thinking' if block.get('open') else words, ''.join(block.get('thinking', ''))
         case 'redacted_thinking', _:
             return 'Thought something that is hidden', ('The makers of the model have encrypted this part of what it '
@@ -4516,9 +4518,10 @@ body:has(.message[data-status=streaming]) .actions :is(.change, .walk, .retry) {
   border-radius: var(--round); font: var(--small)/1.6 var(--ui); color: var(--accent); cursor: pointer;
   text-decoration: none; }
 .host { color: var(--soft); font-size: .875em; }
-input { accent-color: var(--accent); } .content a[title] { padding: 0 .1em; }
-.content > * { position: relative; } .content a[title]:focus-visible::after { content: attr(title); position: absolute;
-  left: 0; right: 0; top: 100%; z-index: 1; padding: .5rem .75rem; border: 1px solid var(--edge); color: var(--ink);
+input { accent-color: var(--accent); } .content .cite { padding: 0 .1em; text-decoration: none; font-weight: 650; }
+.content > * { position: relative; }
+.content a[title]:is(:focus-visible, [data-told])::after { content: attr(title); position: absolute; left: 0;
+  right: 0; top: 100%; z-index: 1; padding: .5rem .75rem; border: 1px solid var(--edge); color: var(--ink);
   border-radius: var(--round); background: var(--page); font: var(--tiny)/1.5 var(--ui); }
 .content :is(sup, sub) { line-height: 0; font-size: .75em; }
 .content .notes { margin-top: 2rem; padding-top: .75rem; border-top: 1px solid var(--line); font-size: var(--small); }
@@ -4863,7 +4866,11 @@ async function written(link) {
 
 on('click', e => {
   const control = e.target.closest('button, a, .image');
-  if (control?.matches('a.copy')) { e.preventDefault(); copy(written(control), control); }
+  for (const told of $$('[data-told]')) if (told !== control) delete told.dataset.told;
+  if (control?.matches('.cite[title]:not([data-told])') && matchMedia('(pointer: coarse)').matches) {
+    e.preventDefault(); // a tap shows what is quoted, the next one follows
+    control.dataset.told = '';
+  } else if (control?.matches('a.copy')) { e.preventDefault(); copy(written(control), control); }
   else if (control?.matches('[data-copy]')) copy($('code', control.closest('figure')).textContent, control);
   else if (control?.matches('[data-wrap]'))
     control.ariaPressed = control.closest('figure').toggleAttribute('data-wrap');
@@ -5020,6 +5027,10 @@ function rename(id) {
     home().focus();
   });
 }
+on('htmx:beforeSwap', e => { // the panel lies over the notice
+  const { target, requestConfig } = e.detail;
+  if (target.id === 'notice' && requestConfig.elt.closest('#panel:popover-open')) e.detail.target = $('#chosen');
+});
 on('htmx:oobBeforeSwap', e => { // what is being set here stays, whatever is set on another page
   const being = '#panel:is(:popover-open, :has(.htmx-request)) #fields:has([hx-post^="/c/"])';
   if (e.detail.target.matches(being)) e.detail.shouldSwap = false;
@@ -5126,7 +5137,7 @@ function emptied() {
 // Files: each goes up as soon as it is chosen, pasted or dropped, and is a chip from then on. An image is scaled down
 // to what every model looks at: https://platform.claude.com/docs/en/build-with-claude/vision
 const files = $('#files'), upload = $('#upload'), EDGE = 1568;
-let waiting = false, inside = 0;
+let waiting = false, inside = 0, refusals = [];
 upload.name = '';
 async function scaled(file) {
   const image = /^image\/(png|jpeg|webp)$/.test(file.type) && await createImageBitmap(file).catch(() => null);
@@ -5153,7 +5164,8 @@ async function attach(file) {
     if (asked.status === 200) announce(`${file.name} is attached.`);
     else { // the message waits: without its file it would not be what was meant
       waiting = false;
-      notice(asked.responseText || `“${file.name}” was not sent: Parley can not be reached.`);
+      refusals.push(asked.responseText || `“${file.name}” was not sent: Parley can not be reached.`);
+      notice(refusals.join(' '));
     }
     if (waiting && !$('progress', files)) { waiting = false; composer.requestSubmit($('.send')); }
   };
@@ -5171,7 +5183,7 @@ new MutationObserver(() => {
   drawer = 'files:' + location.pathname;
   sessionStorage.setItem(drawer, JSON.stringify($$('[name=file]', files).map(input => input.value)));
 }).observe(files, { childList: true });
-const attachAll = list => { notice(''); for (const file of list) attach(file); };
+const attachAll = list => { notice(''); refusals = []; for (const file of list) attach(file); };
 upload.addEventListener('change', () => { attachAll([...upload.files]); upload.value = ''; });
 on('paste', e => {
   if (!e.clipboardData.files.length || e.clipboardData.types.includes('text/plain')) return;
@@ -5984,6 +5996,11 @@ async def chosen(req, conversation=None):
     lost = [name for name, has in (('effort', model.efforts), ('thinking', model.ways))
             if form.get(name, '') not in ('', *has)]
     said = f'{model.name} does not take this {" and ".join(lost)}.' if lost else ''
+    if conversation and req.headers.get('hx-trigger-name') in (None, 'model', 'instead'):
+        _, path = await here.store.path(me, conversation)
+        unread = {(b.get('sha'), b['name']) for m in path if m.role == 'user' for b in m.blocks
+                  if b['type'] == 'file' and not model.reads(b['kind'])}
+        if unread: said += f' {model.name} can’t read {len(unread)} of the files here.'
     setup = await setup_of(req, conversation, choices, said)
     if by_htmx(req): return Fields(setup), Opener(setup, hx_swap_oob='true'), Said(setup, hx_swap_oob='innerHTML')
     more = {'setup': setup, 'typed': form.get('message', ''), 'notice': setup.said, 'to': home_of(req)}

@@ -1359,6 +1359,10 @@ def test_of_a_reply_that_is_cut_off_the_end_is_estimated(site, me, upstream, ste
     chat.stop(), tab.ends()
     assert booked(site)[2:] == [1000, 100, 2000, 400, pytest.approx(.0042)] and 'about $0.0042' in tab.said
 
+def test_a_reply_that_never_reached_the_model_has_no_cost(me, upstream):
+    tab = me.ask(upstream.plays(refuses(401))).watch().ends()
+    assert 'Time' in tab.said and 'Cost' not in tab.said
+
 def test_a_price_that_nobody_knows_is_not_guessed(lab):
     me = lab.person()
     chat = me.ask(lab.upstream.plays(used(PAID, 'Hello.', final={'output_tokens': 5})), model='claude-old-1')
@@ -1758,9 +1762,13 @@ def test_thinking_and_searching_are_shown_as_they_happen_and_after_a_reload(me, 
     tab.until('a.example')
     gates[2].open()
     tab.ends()
-    assert steps(tab.page)[1] == ['Thought for 0 s', 'Searched for “<i>tea</i>”'] or 'Thought' in steps(tab.page)[1][0]
+    assert steps(tab.page)[1] == ['Thought for a moment', 'Searched for “<i>tea</i>”'] or 'Thought' in steps(tab.page)[1][0]
     assert steps(tab.page) == steps(Page(chat.page())) and 'javascript:' not in chat.page()
     assert chat.reply['content'] == 'Tea[¹](<https://a.example/x> "hot").'
+
+@pytest.mark.parametrize('seconds, words', [(.0, 'a moment'), (.99, 'a moment'), (1., '1 s'), (75., '75 s')])
+def test_how_long_was_thought_is_said_in_words(seconds, words):
+    assert main.told_step(main.Step(0, {'type': 'thinking', 'seconds': seconds}, {}))[0] == f'Thought for {words}'
 
 def test_a_call_without_a_result_says_so_once_the_reply_is_over(me, upstream):
     chat = me.ask(upstream.plays(raw(MESSAGE, SEARCH[0], HANG)))
@@ -1855,7 +1863,8 @@ def test_a_citation_is_one_link_whatever_it_quotes(text):
     mark = main.cited(cites('https://a.example/x', text), {})
     html = ''.join(main.render('before `code ' + mark + ' after $5 ' + mark))
     links = Page(html).root.all(lambda n: n.tag == 'a')
-    assert [(n.attrs['href'], n.text) for n in links] == [('https://a.example/x', '¹')] * 2
+    assert [(n.attrs['href'], n.text, n.attrs['class']) for n in links] == [('https://a.example/x', '¹', 'cite')] * 2
+    assert 'class' not in main.render('[¹ x](https://a.example/x) [ ](https://a.example/x)')[0]
     assert links[0].attrs.get('title', '') == main.normal(' '.join(text.split()))
 
 @pytest.mark.parametrize('url', ['javascript:alert(1)', 'https://a.example/"><script>', 'https://a.example/) [x](b', 'data:text/html,x', '<>'])
@@ -2712,6 +2721,16 @@ def test_without_a_script_files_go_with_the_message_and_nothing_is_lost(desk):
     assert [b['type'] for b in body(desk, question)['messages'][0]['content']] == ['image', 'text']
     alone = Chat(me, upload(me, pixels('alone.png', 9), path='/', headers={}, message=' ').headers['location'][3:], '')
     assert alone.ended()['status'] == 'done' and me.get(f'/c/{alone.id}').text.count('<title>alone.png') == 1
+
+def test_a_model_that_can_not_read_what_is_there_says_so_when_it_is_chosen(desk):
+    me, by = desk.person(), {'HX-Trigger-Name': 'model'}
+    files = attached(me, pixels(seed=80), pixels(seed=81), ('c.txt', b'text'))
+    chat = me.ask(desk.upstream.says('Seen.'), file=files, model='claude-seer-1').over()
+    said = 'The claude-bare-1 can’t read 2 of the files here.'
+    assert said in chat.post('/choices', model='claude-bare-1', headers=by).text
+    assert said in Page(chat.post('/choices', model='claude-bare-1', htmx=False).text).root.find('notice').text
+    assert said not in chat.post('/choices', model='claude-bare-1', headers={'HX-Trigger-Name': 'web'}).text
+    assert 'can’t read' not in Page(chat.post('/choices', model='claude-seer-1', headers=by).text).root.find('chosen').text
 
 def test_a_zip_brings_the_files_along(desk, new_site):
     me, you, file = desk.person(), new_site().person(), pixels('along.png', 12)
@@ -5624,6 +5643,15 @@ def test_a_file_is_taken_out_of_a_question_that_is_changed(profile, desk, script
     assert [b['type'] for b in desk.upstream.called(question)[-1].body['messages'][0]['content']] == ['document', 'text']
 
 @browser_test
+def test_of_several_refused_files_each_is_told_of(seer):
+    notice = seer.page.locator('#notice')
+    def told(*names): return seer.eventually(lambda: all(f'“{name}” can’t be attached' in notice.inner_text() for name in names))
+    seer.page.set_input_files('#upload', [given('a.exe', b'MZ\0'), given('b.exe', b'MZ\0'), given('c.txt', b'fine')])
+    assert told('a.exe', 'b.exe') and waits(seer, 1)
+    seer.page.set_input_files('#upload', given('d.exe', b'MZ\0'))
+    assert told('d.exe') and 'a.exe' not in notice.inner_text()
+
+@browser_test
 def test_a_model_that_can_not_read_a_file_is_warned_of(seer):
     page = seer.page
     page.set_input_files('#upload', [given(name, png(), 'image/png') for name in ('a.png', 'a “b" c.png')])
@@ -6049,6 +6077,19 @@ def test_the_settings_of_a_conversation_by_keyboard_and_on_a_phone(profile, lab,
     assert not view.console
 
 @browser_test
+def test_what_a_setting_is_refused_for_is_said_in_the_panel(profile, lab):
+    view = View(profile(), lab.url)
+    view.page.locator('#opener [popovertarget]').click()
+    view.button('Save prompt').click()
+    assert view.eventually(lambda: 'name' in view.page.locator('#panel #chosen').inner_text())
+    assert view.page.locator('#notice').inner_text() == '' and view.page.locator('#panel').is_visible()
+    view.page.locator('#prompt_name').fill('Poet'), view.page.locator('#system').fill('Rhyme.')
+    view.button('Save prompt').click()
+    view.button('^Delete$').wait_for()
+    assert view.page.locator('#chosen').inner_text() == ''
+    with view.page.expect_response('**/choices'): view.button('^Delete$').click()
+
+@browser_test
 def test_a_page_shows_the_settings_of_another_but_never_in_place_of_what_is_typed(profile, lab):
     view, says_ = View(profile(), lab.url), lab.upstream.says
     view.send(says_('One.')).ends()
@@ -6190,6 +6231,22 @@ def test_an_image_is_never_loaded_and_opens_in_a_tab_of_its_own(profile, site, u
     assert opened.value.url == 'http://image.invalid/a.png' and opened.value.evaluate('[opener, document.referrer]') == [None, '']
 
 @browser_test
+def test_a_tap_on_a_citation_shows_what_is_quoted_and_the_next_one_follows(profile, site, upstream):
+    phone = profile(viewport={'width': 390, 'height': 800}, has_touch=True, is_mobile=True)
+    phone.route('https://a.example/*', lambda asked: asked.fulfill(body='The source.'))
+    view = View(phone, site.url)
+    view.send(upstream.says('Tea[¹](<https://a.example/x> "is hot") and more.')).ends()
+    quoted = "getComputedStyle(document.querySelector('.cite'), '::after').content"
+    cite = view.page.locator('.cite')
+    cite.tap()
+    assert view.page.evaluate(quoted) == '"is hot"' and len(phone.pages) == 1
+    view.page.locator('#content-1').tap(position={'x': 9, 'y': 9})
+    assert view.page.evaluate(quoted) == 'none'
+    cite.tap()
+    with phone.expect_page() as source: cite.tap()
+    assert source.value.url == 'https://a.example/x'
+
+@browser_test
 @pytest.mark.parametrize('width', [320, 640])        # 1280 pixels at 400 and at 200 %
 def test_the_page_can_be_zoomed(profile, site, upstream, width):
     view = View(profile(viewport={'width': width, 'height': 400}), site.url)
@@ -6274,7 +6331,7 @@ def test_axe_finds_no_violation(profile, long, workshop, house, upstream, axe, s
     view.page.goto(long.url + '/c/long')
     assert axe(view) == []
     view.page.goto(long.url)
-    view.send(upstream.says('half ', gate := Gate(), '\n\n' + RICH)).until('half')
+    view.send(upstream.says('half ', gate := Gate(), 'tea[¹](<https://a.example/x> "is hot").\n\n' + RICH)).until('half')
     assert axe(view) == []
     gate.open()
     view.ends()
