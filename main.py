@@ -1743,15 +1743,19 @@ class Fault(Exception):
 
 STOPS = {'end_turn': '', 'stop_sequence': '',
          'max_tokens': 'The answer reached the most tokens allowed: its maximum output, or MAX_TOKENS.',
-         'refusal': 'Claude declined to go on with this.', 'tool_use': 'Claude called a tool that is not here.',
+         'refusal': 'Claude declined to go on with this: question and answer are not sent again.',
+         'tool_use': 'Claude called a tool that is not here.',
          'model_context_window_exceeded': 'The conversation has grown longer than the model can read.',
          'pause_turn': 'Claude paused too often and was not asked again.'}
 FOREIGN = 'The server at the base URL does not speak the Messages API.'
+TOO_MUCH = 'Claude sent more in one piece than can be read.'
 BROKE_OFF = 'The connection to Claude broke off.'
 BUSY = 'Claude is busy'
 LEAST_THINKING = 1024  # tokens; an answer must have room for more
-TRIES, LONGEST_WAIT, RESUMES, LONGEST_EVENT, LONGEST_REFUSAL = 3, 15, 10, 4_000_000, 65_536
+TRIES, LONGEST_WAIT, RESUMES, LONGEST_EVENT, LONGEST_REFUSAL = 3, 15, 10, 16_000_000, 65_536
 LONGEST_LIST, MOST_MODELS = 1_000_000, 300
+# of one answer: letters that tools are given, blocks, and values in them, which take 50 times their letters
+LONGEST_CALL, MOST_BLOCKS, MOST_VALUES = 1_000_000, 5_000, 1_000_000
 
 @dataclass(frozen=True)
 class Model:
@@ -1834,6 +1838,8 @@ SUMMARISING = ('Summarise our conversation so far, so that we can go on from you
                'found out and decided, what is still open, and word for word whatever must stay exact, such as names, '
                'figures and code. Write in the language that we speak.')
 
+def declined(reply: Message) -> bool: return reply.role == 'assistant' and reply.meta.get('stop') == 'refusal'
+
 def compacted(path: list[Message]) -> list[Message]:
     """What of a path Claude reads: it begins with the newest summary, asked for and answered, which stands for all that
     came before as any question and answer would, so that neither the system prompt nor the order of roles is touched.
@@ -1843,14 +1849,15 @@ def compacted(path: list[Message]) -> list[Message]:
         reply = next(rest, None) if m.role == 'user' and 'summary' in m.meta else m
         if reply is m: kept.append(m)
         elif reply is None or reply.status == RUNNING: kept.append(m)  # it is being asked for
-        elif m.meta['summary'] and reply.status == 'done' and reply.content.strip(): kept = [m, reply]
+        elif m.meta['summary'] and reply.status == 'done' and not declined(reply) and reply.content.strip():
+            kept = [m, reply]
     return kept
 
 def fitting(path: list[Message], room: int) -> list[Message]:
     "Of a path that is to be summarised what the model can read, by what the last reply weighed: the end of it."
     weight = next(filter(None, (number(m.meta, 'weight') for m in reversed(path))), 0)
     size, at = sum(len(m.content) for m in path), 0
-    most = .85 * room / weight * size if room and weight else math.inf
+    most = .95 * room / weight * size if room and weight else math.inf
     while len(path) - at > 3 and size > most:
         size -= len(path[at].content) + len(path[at + 1].content)
         at += 2
@@ -1871,7 +1878,12 @@ MOST_IMAGES = 100  # in one request; both: https://platform.claude.com/docs/en/b
 def files_on(path: list[Message]) -> list[str]:
     "The files that a request for `path` would carry, the newest first, each once."
     return list(dict.fromkeys(block.get('sha') or '' for m in reversed(path) if m.role == 'user'
-                              for block in reversed(m.blocks) if block.get('type') == 'file'))[:MOST_IMAGES]
+                              for block in reversed(m.blocks) if block.get('type') == 'file'))
+
+def weight_of(blocks) -> float:
+    "About how many tokens the files among these have; of a PDF rather more."
+    each = {PLAIN_TEXT: 1 / 3, PDF: 1 / 20}
+    return sum(b['size'] * each[b['kind']] if b['kind'] in each else 2_000 for b in blocks if b['type'] == 'file')
 
 def as_sent(file: dict, sent: Mapping[str, str | None], model: Model, before: set) -> dict:
     "A file of a question as the API takes it, or words in its place; what came `before` is not sent twice."
@@ -1904,8 +1916,12 @@ def history(path: list[Message], prefix='', model=Model(''), sent: Mapping[str, 
     """What Claude is sent: the path without empty messages. A partial reply stands as text before the next question,
     never last: models refuse to go on from a text that isn't theirs to finish. Thinking under another `prefix` (see
     `prefix_of`) is left out, each time in the same way, so that what was thought since stays valid, and so is what
-    was done with other servers than these. Files, whose content is in `sent`, stand before the words about them."""
+    was done with other servers than these. Files, whose content is in `sent`, stand before the words about them. What
+    Claude declined is left out with its question, else it would go on to decline:
+    https://platform.claude.com/docs/en/test-and-evaluate/strengthen-guardrails/handle-streaming-refusals"""
     before = set()
+    gone = {n for n, m in enumerate(path) if declined(m)}
+    path = [m for n, m in enumerate(path) if not {n, n + 1} & gone]
     def known(block):
         name = block.get('server_name') or block.get('mcp_server_name')
         return name in servers or block['type'] not in ('mcp_tool_use', 'mcp_tool_listing')
@@ -1928,13 +1944,13 @@ def until_next(frame: float) -> float:
 
 class EventLines:
     "The events of a `text/event-stream`, from bytes cut anywhere. Raises `Fault` for a line that never ends."
-    def __init__(self): self.rest, self.data = bytearray(), bytearray()
+    def __init__(self): self.rest, self.data, self.values = bytearray(), bytearray(), 0
 
     def feed(self, chunk: bytes) -> list[dict | Exception]:
         "The events that `chunk` completes; one that can't be read stands among them as the exception it raised."
         self.rest += chunk
         if len(self.rest) + len(self.data) > LONGEST_EVENT:
-            raise Fault('Claude sent more in one piece than can be read.')
+            raise Fault(TOO_MUCH)
         if b'\n' not in chunk: return []  # so that a line of many pieces is looked through once
         *lines, self.rest = self.rest.split(b'\n')
         events = []
@@ -1942,7 +1958,8 @@ class EventLines:
             line = line.rstrip(b'\r')
             if line.startswith(b'data:'): self.data += line[5:] + b'\n'
             elif not line and self.data:
-                try: events.append(json.loads(self.data))
+                if len(self.data) > 1_000: self.values += sum(map(self.data.count, b'[{,'))
+                try: events.append(Fault(TOO_MUCH) if self.values > MOST_VALUES else json.loads(self.data))
                 except (ValueError, RecursionError) as error: events.append(error)
                 self.data = bytearray()
         return events
@@ -1957,27 +1974,31 @@ def counted(told) -> dict[str, int]:
     if 'web_search_requests' in tools: told = told | {'searches': tools['web_search_requests']}
     return {name: told[name] for name in TOKENS if type(told.get(name)) is int and 0 <= told[name] < 10**9}
 
-def words_of(block): return block.get('text') if block['type'] == 'text' else ''
-
 MEANT = {ord(sign): f'&#{ord(sign)};' for sign in '&"<>`\\$|[]*_~'}  # what could mean something in Markdown
 RAISED = str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹')
 
-def cited(citation: dict, sources: dict[str, int]) -> str:
+def cited(citation: dict, sources: dict[str, int], pages: Mapping[str, str] = {}) -> str:
     """A citation as Markdown: a numbered link to its source with the quoted passage as its title. Nothing in it can
     mean anything else: https://spec.commonmark.org/0.31.2/#entity-and-numeric-character-references"""
     def line(name, most): return ' '.join(str(citation.get(name) or '').split())[:most].translate(MEANT)
-    if not citation.get('url'):  # a passage of a file
+    url, named = citation.get('url') or citation.get('source'), str(citation.get('document_title'))
+    url = url if citation.get('url') or re.match('https?://', str(url)) else pages.get(named)
+    if not url:  # a passage of a file
         page = citation.get('start_page_number')
         return f' ({line("document_title", 80) or "a file"}{f", page {page}" if isinstance(page, int) else ""})'
-    url = quote(str(citation['url'])[:2_000], safe=":/?#@!&'(),;=%+~.*_-")
+    url = quote(str(url)[:2_000], safe=":/?#@!&'(),;=%+~.*_-")
     number = str(sources.setdefault(url, len(sources) + 1)).translate(RAISED)
     return f'[{number}](<{url}> "{line("cited_text", 300)}")'
 
 class Heard:
-    """One answer put together from its events: the API's content blocks, why it stopped, what it cost. `sources` are
-    the numbers of what was cited so far. A thinking block also gets its `seconds`, which are ours."""
-    def __init__(self, sources):
-        self.sources, self.since = sources, 0.0
+    """One answer put together from its events: the API's content blocks, why it stopped, what it cost. It may go on
+    with one that `paused`. `sources` are the numbers of what was cited so far, `pages` the addresses of what was
+    fetched. A thinking block also gets its `seconds`, which are ours."""
+    def __init__(self, paused: 'Heard | None' = None):
+        self.sources, self.pages = (paused.sources, paused.pages) if paused else ({}, {})
+        self.spoke = bool(paused and paused.spoke)  # there were words
+        self.above = paused and paused.above  # the type of the block before
+        self.since, self.call = 0.0, 0  # the letters of what tools are given
         self.blocks, self.parts, self.kept = [], [], 0  # whole blocks; the pieces of the open one; `kept` were told
         self.began, self.complete, self.reason, self.usage, self.held = False, False, None, {}, ''
         self.id, self.miss, self.size = '', '', 0  # of the answer: its id, why it read no cache, its letters
@@ -1992,22 +2013,31 @@ class Heard:
                 grown = delta.get(GROWS.get(delta['type']))
                 if grown is None: return []
                 if type(grown) is not (dict if delta['type'] == 'citations_delta' else str): raise TypeError
+                if delta['type'] == 'input_json_delta': self.call += len(grown)
+                if self.call > LONGEST_CALL: raise Fault(TOO_MUCH)
+                self.spoke = self.spoke or delta['type'] == 'text_delta'
                 self.parts.append((delta['type'], grown))
                 if delta['type'] != 'signature_delta': self.size += len(grown)
                 return {'text_delta': [grown], 'thinking_delta': [Thought(grown)]}.get(delta['type'], [])
             case 'content_block_start':
-                block, before = {**event['content_block']}, self.blocks
+                block = {**event['content_block']}
                 if not is_block(block): raise TypeError
-                told = self._tell(len(before))  # a text stays untold until more follows: mostly nothing does
+                if len(self.blocks) >= MOST_BLOCKS: raise Fault(TOO_MUCH)
+                told = self._tell(len(self.blocks))  # a text stays untold until more follows: mostly nothing does
                 if block['type'] == 'text':
-                    if before and before[-1]['type'] != 'text' and any(map(words_of, before)): told.append('\n\n')
+                    if self.spoke and self.above != 'text': told.append('\n\n')
                     if block.get('text'): told.append(block['text'])
-                self.blocks, self.parts, self.since = [*before, block], [], time.monotonic()
+                    self.spoke = self.spoke or bool(block.get('text'))
+                match block:
+                    case {'type': 'web_fetch_tool_result',
+                          'content': {'url': str(url), 'content': {'title': str(title)}}}: self.pages[title] = url
+                self.blocks.append(block)
+                self.parts, self.since, self.above = [], time.monotonic(), block['type']
                 return told
             case 'content_block_stop' if self.blocks:
                 self._close(block := self.blocks[-1])
                 if block.keys() == {'type', 'text'}: return []
-                marks = dict.fromkeys(cited(each, self.sources) for each in block.get('citations') or ())
+                marks = dict.fromkeys(cited(each, self.sources, self.pages) for each in block.get('citations') or ())
                 return [*marks, *self._tell(len(self.blocks))]
             case 'message_start':
                 told = event['message']
@@ -2220,7 +2250,7 @@ class Claude:
 
     def _account(self, model, meta, began):
         "The time it took, what it cost, and how much of what the model can read is full now."
-        meta |= {'seconds': round(time.monotonic() - began, 3), 'cost': self.price(model, meta.get('usage', {}))}
+        meta |= {'seconds': round(time.monotonic() - began, 3), 'cost': meta.get('cost', self.price(model, {}))}
         room = self.models[model].max_input if model in self.models else 0
         if room and 'weight' in meta: meta['full'] = round(meta['weight'] / room, 3)
 
@@ -2257,9 +2287,9 @@ class Claude:
 
     async def _once(self, request, meta):
         "One answer, what each read of the connection brought; a `pause_turn` is sent back as it is and resumed."
-        silent, sources = True, {}
+        silent, heard = True, None
         for _ in range(RESUMES):
-            heard, before = Heard(sources), meta.get('usage', {})
+            heard, before, paid = Heard(heard), meta.get('usage', {}), meta.get('cost') or 0
             async for events in self._reads(request, meta):
                 said, fault = [], None
                 try:
@@ -2269,7 +2299,9 @@ class Claude:
                         if heard.complete: break  # what comes after it does not count
                 except Exception as error: fault = error  # noqa: BLE001 raised once what came before it is said
                 used = heard.used()
-                meta |= {'usage': added(before, used), 'about': not heard.reason, 'weight': sum(used.values())}
+                cost = self.price(request['model'], used)
+                meta |= {'usage': added(before, used), 'about': not heard.reason, 'weight': sum(used.values()),
+                         'cost': cost if cost is None else paid + cost}
                 for kind, some in groupby(said, type):
                     if kind is not Whole:
                         text = heard.whole(''.join(each if kind is str else each.text for each in some))
@@ -2590,6 +2622,7 @@ class Turns:
         "Ask for the list of models every few hours, and sooner when one failed or is not on it; never in the way."
         while True:
             wait = 6 * 3600
+            self.stale.clear()
             try:
                 if listed := await self.claude.listed():
                     self.claude.learn(listed)
@@ -2598,7 +2631,6 @@ class Turns:
                 log.info('the list of models can not be had: %s', type(error).__name__)
                 wait = 600
             await asyncio.sleep(60)
-            self.stale.clear()
             with contextlib.suppress(TimeoutError): await asyncio.wait_for(self.stale.wait(), wait)
 
     async def first_choices(self, owner) -> dict:
@@ -2632,8 +2664,7 @@ class Turns:
     def _spending(self, owner):
         "What this month costs so far, with what the running replies have used."
         theirs = [turn for turn in self.running.values() if turn.reply.owner == owner]
-        return self.spent.get(owner, 0) + sum(
-            self.claude.price(turn.reply.model, turn.meta.get('usage', {})) or 0 for turn in theirs)
+        return self.spent.get(owner, 0) + sum(turn.meta.get('cost') or 0 for turn in theirs)
 
     def _capped(self, turns):
         "Stop the replies of all who have come to the cap."
@@ -2669,25 +2700,45 @@ class Turns:
         "Shielded, so that a client that hangs up between the commit and the start leaves no reply without its task."
         if key and (before := await self.store.sent(owner, conversation, text, key)): return before
         choices, model = await self._chosen(owner, conversation, text, choices)
-        if conversation and not place.get('summary') and place.get('instead') is None:
-            await self._fit(owner, conversation, text, choices, model)
+        if not place.get('summary'): await self._fit(owner, conversation, text, choices, model, place)
         with self._open_for(owner, text, conversation is None):
             question, reply, new = await self.store.ask(owner, conversation, text, key, model, choices, **place)
             if new: self._start(reply)
             return question, reply
 
-    async def _fit(self, owner, conversation, text, choices, model):
+    async def _fit(self, owner, conversation, text, choices, model, place):
         """Raises `Refused` 413 when this is more than the model can read. By what the last reply weighed that is mostly
-        out of the question; near the edge, or for another model, it is counted."""
-        room = self.claude.models[model].max_input if model in self.claude.models else 0
-        _, (leaf,) = await self.store.path(owner, conversation, last=1)
-        if not room or leaf.model == model and number(leaf.meta, 'weight') + len(text) / 3 < .8 * room: return
-        _, path = await self.store.path(owner, conversation)
-        request = self.claude.request([*path, replace(leaf, role='user', content=text, blocks=[], meta={})], choices)
-        if ((await self.claude.weigh(request)) or 0) <= room: return
+        out of the question; else it is counted by the API, and estimated where it can't be."""
+        if not (room := self.claude.models[model].max_input if model in self.claude.models else 0): return
+        instead, files, path = place.get('instead'), place.get('files') or (), []
+        new = len(text) / 3 + weight_of(files)
+        if conversation and instead is None:
+            _, (leaf,) = await self.store.path(owner, conversation, last=1)
+            if leaf.model == model and 0 < number(leaf.meta, 'weight') < .8 * room - new: return
+        if conversation: _, path = await self.store.path(owner, conversation)
+        if instead is not None:
+            at = next((n for n, m in enumerate(path) if str(m.id) == str(instead)), 0)
+            if place.get('files') is None and path: files = path[at].blocks
+            path = path[:at]
+        kept = compacted(path)
+        weights = [number(m.meta, 'weight') for m in kept if m.model == model and 'summary' not in m.meta]
+        guess = next(filter(None, reversed(weights)), sum(len(m.content) / 3 + weight_of(m.blocks) for m in kept))
+        guess += len(text) / 3 + weight_of(files)
+        if guess < .5 * room: return
+        question = Message(0, '', owner, None, len(path), 'user', text, 'done', '', '', None, 0, 0, [*files])
+        path = [*path, question]
+        request = self.claude.request(path, choices, await self._files(owner, path))
+        counted = await self.claude.weigh(request)
+        if (guess if counted is None else counted) <= room: return
         raise Refused(413, f'With this the conversation is longer than the {room:,} tokens that '
                            f'{self.claude.models[model].name} can read. Shorten it, choose another model, or go on '
-                           'with a summary where one is offered below. Nothing was sent.', text)
+                           'with a summary: see the actions of the conversation (⋯). Nothing was sent.', text)
+
+    async def _files(self, owner, path) -> dict[str, str | None]:
+        "The files on a path, the newest first; None for those that one request has no room for."
+        files = files_on(path)
+        if not files: return {}
+        return await self.store.to_send(owner, files[:MOST_IMAGES], ROOM) | dict.fromkeys(files[MOST_IMAGES:])
 
     async def retry(self, owner, conversation, at=None, key=None) -> tuple[Message, Message]:
         "A new reply beside the reply `at`, by default beside the last one. Raises `Refused` as `ask` does."
@@ -2780,8 +2831,8 @@ class Turns:
             if 'summary' in turn.reply.meta:
                 fit = fitting(path, model.max_input if model else 0)
                 path, turn.meta['left'] = fit, len(path) - len(fit)
-            files = files_on(path)
-            sent = await self.store.to_send(turn.reply.owner, files, ROOM) if files else {}
+            sent = await self._files(turn.reply.owner, path)
+            left = sum(content is None for content in sent.values())
             choices = conversation.choices | {'model': turn.reply.model}
             servers = await self.store.servers(turn.reply.owner) if carried(choices) != choices else ()
             request = self.claude.request(path, choices, sent, servers)
@@ -2794,7 +2845,8 @@ class Turns:
                             await self._hear(turn, 'block', unbroken(json.dumps(block, ensure_ascii=False)))
                         case Waiting(seconds): turn.show(f'{BUSY}, trying again in {seconds:.0f} s')
                         case Ended():
-                            turn.end = event
+                            note = f'{several(left, "file")} left out: one request has no room for more. ' * bool(left)
+                            turn.end = replace(event, note=note + event.note)
                             if event.status == 'failed': self.stale.set()  # perhaps the model is no more
                     if turn.size >= self.settings.max_reply_chars:
                         turn.cut_off = Ended('interrupted', 'The reply was cut: it is longer than MAX_REPLY_CHARS.')
@@ -2812,7 +2864,7 @@ class Turns:
         if kind != 'block': text = text[:self.settings.max_reply_chars - turn.size]
         if not turn.size: self.began.set()
         turn.unsaved.append((kind, text))
-        turn.size += len(text)
+        if kind != 'block': turn.size += len(text)  # how much comes in blocks is bounded where it is read
         self.grew.set()
         while len(turn.unsaved) > 250: await turn.changed.wait()  # the disk is slow: read no further
 
@@ -3616,7 +3668,8 @@ def left_open(steps) -> list[Step]:
 
 def cut(text): return text if len(text) <= LONGEST_STEP else text[:LONGEST_STEP] + ' … (cut)'
 def in_json(value):
-    try: return cut(json.dumps(value, ensure_ascii=False, indent=1)) if value else ''
+    pieces = json.JSONEncoder(ensure_ascii=False, indent=1).iterencode(value) if value else ()
+    try: return cut(''.join(islice(pieces, LONGEST_STEP + 1)))
     except RecursionError: return '…'  # deeper than anybody reads
 
 def Age(said):
@@ -4079,6 +4132,7 @@ def Menu(conversation, most):
             Button('Rename', type='button', cls='quiet scripted', data_rename=conversation.id),
             Act('Unpin' if conversation.pinned else 'Pin', pin.to(**of), pinned='' if conversation.pinned else '1'),
             A('Download as Markdown', href=as_markdown.to(**of), cls='quiet'),
+            Form(Key(id=None), Button('Go on with a summary', cls='quiet'), method='post', action=summarise.to(**of)),
             Act('Delete', delete.to(**of)))
 
 def Undo(since='', **attrs):

@@ -1807,7 +1807,7 @@ def test_a_refusal_says_why(me, upstream):
     told = event('message_delta', delta={'stop_reason': 'refusal', 'stop_details': {
         'type': 'refusal', 'category': 'cyber', 'explanation': 'Not <b>this</b>.'}}, usage={'output_tokens': 9})
     chat = me.ask(upstream.plays(raw(START, 'half', event('content_block_stop', index=0), told, event('message_stop'))))
-    assert chat.ended()['note'] == 'Claude declined to go on with this. Not <b>this</b>.'
+    assert chat.ended()['note'] == 'Claude declined to go on with this: question and answer are not sent again. Not <b>this</b>.'
     assert '&lt;b&gt;this' in chat.page() and '<b>this' not in chat.page()
 
 def test_the_details_of_a_call_that_failed_name_its_request(me, upstream):
