@@ -2846,7 +2846,7 @@ class Turns:
                         case Waiting(seconds): turn.show(f'{BUSY}, trying again in {seconds:.0f} s')
                         case Ended():
                             note = f'{several(left, "file")} left out: one request has no room for more. ' * bool(left)
-                            turn.end = replace(event, note=note + event.note)
+                            turn.end = replace(event, note=(note + event.note).strip())
                             if event.status == 'failed': self.stale.set()  # perhaps the model is no more
                     if turn.size >= self.settings.max_reply_chars:
                         turn.cut_off = Ended('interrupted', 'The reply was cut: it is longer than MAX_REPLY_CHARS.')

@@ -1475,6 +1475,22 @@ def test_what_the_model_can_not_read_is_counted_before_it_is_sent(lab):
             assert status == 200 or 'summary' in answer.text
     finally: upstream.tokens = None
 
+def test_a_first_and_a_changed_question_are_counted_before_they_are_sent(new_site, upstream):
+    upstream.models = [[can('claude-small-1') | {'max_input_tokens': (room := 1_000)}]]
+    site = new_site(model='claude-small-1')
+    try:
+        me = site.person()
+        assert eventually(lambda: models_of(site))
+        first, long = me.ask('short').over(), 'x' * 2_600
+        for upstream.tokens, text, status in ((room + 1, long, 413), (b'<html>', long * 2, 413), (b'<html>', long, 200), (room, long, 200)):
+            for path in ('/', f'/c/{first.id}/edit?at={id_of(first, 0)}', f'/c/{first.id}'):
+                answer = me.post(path, message=f'{text} {number()}', htmx=False)
+                assert (answer.status_code == 413) == (status == 413) and (status == 200 or text in answer.text), (path, status)
+                first.ended()
+            assert status == 200 or 'see the actions' in answer.text
+        assert 'Go on with a summary' in me.get(f'/actions/{first.id}').text
+    finally: upstream.models = upstream.tokens = None
+
 def test_a_path_too_long_to_be_summarised_is_read_from_where_it_fits():
     def message(n): return main.Message(n, 'c', 'o', n - 1, n, ('user', 'assistant')[n % 2], 'x' * 100, 'done', '', '',
                                         None, 0, 0, [], {'weight': 1000 if n == 7 else 'canary'})
@@ -1802,6 +1818,77 @@ def test_a_call_that_is_waited_for_goes_back_with_the_pause_and_its_result_comes
     chat.say(question := upstream.says('well')).ended()
     assert [block['type'] for block in upstream.called(question)[0].body['messages'][1]['content']] == [
         'server_tool_use', 'web_search_tool_result', 'text']
+
+def test_a_pause_between_texts_is_no_glue(me, upstream):
+    chat = me.ask(upstream.plays(raw(MESSAGE, writes(0, 'Searching.'), *SEARCH, end('pause_turn')),
+                                 raw(MESSAGE, writes(0, 'Again.'), *SEARCH, end('pause_turn')), raw(MESSAGE, writes(0, 'Tea.'), end())))
+    assert chat.ended()['content'] == 'Searching.\n\nAgain.\n\nTea.'
+
+def test_what_was_declined_is_not_sent_again(me, upstream):
+    chat = me.ask(first := upstream.says('One.')).over()
+    chat.say(no := upstream.says('I would ', stop='refusal')).ended()
+    chat.say(third := upstream.says('Three.')).ended()
+    assert upstream.called(third)[0].questions == [first, third]
+    upstream.plans[main.SUMMARISING] = [says('I would not', stop='refusal')]
+    try: assert chat.post('/summary').status_code == 200 and chat.ended()['note']
+    finally: del upstream.plans[main.SUMMARISING]
+    chat.say(last := upstream.says('Last.')).ended()
+    assert upstream.called(last)[0].questions == [first, third, last] and no in chat.page()
+
+def test_a_page_that_was_fetched_is_cited_by_its_address(me, upstream):
+    document = {'type': 'document', 'title': 'A page', 'source': {'type': 'text', 'media_type': 'text/plain', 'data': 'tea'}}
+    fetched = {'type': 'web_fetch_result', 'url': 'https://a.example/tea', 'content': document}
+    def found(**more): return {'type': 'char_location', 'cited_text': 'tea', 'document_index': 0, **more}
+    chat = me.ask(upstream.plays(raw(
+        MESSAGE, block(0, {'type': 'server_tool_use', 'id': 'f1', 'name': 'web_fetch', 'input': {}}),
+        block(1, {'type': 'web_fetch_tool_result', 'tool_use_id': 'f1', 'content': fetched}),
+        writes(2, 'Tea', found(document_title='A page')), writes(3, ', tea', found(document_title='my.txt')),
+        writes(4, ', tea', {'type': 'search_result_location', 'source': 'https://b.example', 'title': 'B', 'cited_text': 'tea'}),
+        writes(5, ', tea', {'type': 'search_result_location', 'source': 'javascript:x', 'title': 'B', 'cited_text': 'tea'}), writes(6, '.'), end())))
+    assert chat.ended()['content'] == ('Tea[¹](<https://a.example/tea> "tea"), tea (my.txt), tea[²](<https://b.example> "tea"), '
+                                       'tea (a file).')
+
+def test_what_is_fetched_is_not_the_length_of_the_reply(new_site, upstream):
+    paper = {'type': 'document', 'title': None, 'source': {'type': 'base64', 'media_type': 'application/pdf', 'data': 'x' * 5_000_000}}
+    fetched = {'type': 'web_fetch_result', 'url': 'https://a.example/x.pdf', 'content': paper}
+    chat = new_site().person().ask(upstream.plays(raw(
+        MESSAGE, block(0, {'type': 'server_tool_use', 'id': 'f1', 'name': 'web_fetch', 'input': {}}),
+        block(1, {'type': 'web_fetch_tool_result', 'tool_use_id': 'f1', 'content': fetched}), writes(2, 'Read.'), end())))
+    assert (chat.ended()['status'], chat.reply['content'], chat.reply['note']) == ('done', 'Read.', '')
+    assert len(chat.page()) < 50_000
+
+def heard(*events):
+    heard = main.Heard()
+    for each in events: heard.take(json.loads(each.partition(b'data: ')[2]))
+    return heard
+
+def test_what_an_answer_brings_beside_its_words_is_bounded():
+    def given(n): return event('content_block_delta', index=0, delta={'type': 'input_json_delta', 'partial_json': '[],' * n})
+    call = event('content_block_start', index=0, content_block={'type': 'tool_use', 'id': 't', 'name': 't', 'input': {}})
+    heard(call, *[given(100_000)] * 3)
+    with pytest.raises(main.Fault): heard(call, *[given(100_000)] * 4)
+    empty = event('content_block_start', index=0, content_block={'type': 'text', 'text': ''})
+    heard(*[empty] * 5_000)
+    with pytest.raises(main.Fault): heard(*[empty] * 5_001)
+    lines, many = main.EventLines(), event('content_block_start', index=0, content_block={'type': 'x', 'input': [[]] * 300_000})
+    before, after = lines.feed(many + b'data: {}\n\n'), lines.feed(many)
+    assert [type(each) for each in before + after] == [dict, dict, main.Fault]
+    assert [type(each) for each in main.EventLines().feed(event('x', data='x' * 15_000_000))] == [dict]
+
+def test_long_input_of_a_tool_is_shown_up_to_a_point():
+    shown = main.in_json([[]] * 10**6)
+    assert shown.endswith('(cut)') and len(shown) < main.LONGEST_STEP + 20 and main.in_json({}) == ''
+    assert main.in_json({'a': ['é', 1]}) == json.dumps({'a': ['é', 1]}, ensure_ascii=False, indent=1)
+
+def test_each_call_of_a_reply_has_its_own_price(new_site, upstream):
+    upstream.models = [[can('claude-haiku-5-5', 'haiku')]]
+    def part(reason): return raw(
+        event('message_start', message={'id': 'm', 'role': 'assistant', 'content': [], 'usage': {'input_tokens': 60_000}}),
+        writes(0, 'x'), event('message_delta', delta={'stop_reason': reason}, usage={'output_tokens': 0}) + event('message_stop'))
+    try:
+        chat = new_site(model='claude-haiku-5-5').person().ask(upstream.plays(part('pause_turn'), part('pause_turn'), part('end_turn')))
+        assert chat.ended()['meta']['cost'] == pytest.approx(3 * .006)
+    finally: upstream.models = None
 
 def test_a_refusal_says_why(me, upstream):
     told = event('message_delta', delta={'stop_reason': 'refusal', 'stop_details': {
@@ -2631,6 +2718,17 @@ def test_what_does_not_fit_or_is_not_here_is_said(desk):
     assert sent == {shas[1]: 'n' * 70, shas[0]: None}
     def said(sha): return main.as_sent({'kind': 'text/plain', 'name': 'x', 'sha': sha}, sent, main.Model('m'), set())['text']
     assert 'left out' in said(shas[0]) and 'not here' in said('f' * 64) and 'not here' in said(None)
+
+def test_files_that_one_request_has_no_room_for_are_told(desk, monkeypatch):
+    me = desk.person()
+    files = attached(me, ('old.txt', b'old' * 70), ('new.txt', b'new' * 70))
+    monkeypatch.setattr(main, 'ROOM', 300)
+    chat = me.ask(desk.upstream.says('Hm.'), file=files).over()
+    assert chat.reply['note'] == '1 file left out: one request has no room for more.'
+    monkeypatch.setattr(main, 'ROOM', 3_000)
+    monkeypatch.setattr(main, 'MOST_IMAGES', 1)
+    chat.say(desk.upstream.says('Hm.')).ended()
+    assert chat.reply['note'].startswith('1 file left out') and 'left out: there are too many' in str(desk.upstream.calls[-1].body)
 
 def test_a_file_is_kept_once_and_goes_with_what_refers_to_it(desk):
     me, file = desk.person(), pixels(seed=3)
