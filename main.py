@@ -2273,6 +2273,7 @@ class Claude:
             if said or not fault.again or attempt == TRIES or wait > LONGEST_WAIT or time.monotonic() + wait > give_up:
                 meta['tries'] = attempt
                 words = self._without_secrets(fault.words, request)
+                if 'prompt is too long' in words: meta['full'] = 1  # so that the way on is offered
                 yield Ended('interrupted' if said else fault.status, words, meta)
                 return
             yield Waiting(wait)

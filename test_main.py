@@ -1491,6 +1491,11 @@ def test_a_first_and_a_changed_question_are_counted_before_they_are_sent(new_sit
         assert 'Go on with a summary' in me.get(f'/actions/{first.id}').text
     finally: upstream.models = upstream.tokens = None
 
+def test_where_the_api_says_it_is_too_long_a_summary_is_offered(me, upstream):
+    told = {'type': 'error', 'error': {'type': 'invalid_request_error', 'message': 'prompt is too long: 5 tokens > 4 maximum'}}
+    chat = me.ask(upstream.plays(raw(json.dumps(told).encode(), status=400, content_type='application/json'))).over()
+    assert 'too long' in chat.reply['note'] and 'Go on with a summary' in standing(chat.tab())[0]
+
 def test_a_path_too_long_to_be_summarised_is_read_from_where_it_fits():
     def message(n): return main.Message(n, 'c', 'o', n - 1, n, ('user', 'assistant')[n % 2], 'x' * 100, 'done', '', '',
                                         None, 0, 0, [], {'weight': 1000 if n == 7 else 'canary'})
@@ -3676,10 +3681,11 @@ def test_whatever_a_stranger_says_of_where_it_is_the_answer_has_its_headers(hous
 def test_a_request_that_breaks_off_is_no_fault_of_ours(house, caplog):
     lines = ['POST /login HTTP/1.1', f'Host: {urlsplit(house.url).netloc}', f'Origin: {house.url}', 'Content-Length: 100',
              'Content-Type: application/x-www-form-urlencoded', '', 'message=half']
-    with socket.create_connection(('127.0.0.1', urlsplit(house.url).port), DEADLINE) as wire:
-        wire.sendall('\r\n'.join(lines).encode())
     def over(): return [r for r in caplog.records if getattr(r, 'fields', {}).get('status') == 499]
-    with caplog.at_level('INFO'): assert eventually(over)
+    with caplog.at_level('INFO'):
+        with socket.create_connection(('127.0.0.1', urlsplit(house.url).port), DEADLINE) as wire:
+            wire.sendall('\r\n'.join(lines).encode())
+        assert eventually(over)
     assert not [record for record in caplog.records if record.levelname == 'ERROR']
 
 @pytest.mark.parametrize('typed', ['caf\u00e9 au lait bon', 'cafe\u0301 au lait bon', ' caf\u00e9 au lait bon\n'])
