@@ -1501,7 +1501,31 @@ def test_a_path_too_long_to_be_summarised_is_read_from_where_it_fits():
                                         None, 0, 0, [], {'weight': 1000 if n == 7 else 'canary'})
     path = [*map(message, range(8)), main.Message(8, 'c', 'o', 7, 8, 'user', main.SUMMARISING, 'done', '', '', None, 0, 0)]
     assert [m.id for m in main.fitting(path, 800)] == [4, 5, 6, 7, 8] and main.fitting(path, 0) == path
-    assert main.fitting(path, 5000) == path
+    assert main.fitting(path, 5000) == path and main.fitting(path, 900) == path[2:]
+
+def test_a_list_that_is_wanted_while_the_learner_rests_is_asked_for_after_the_rest():
+    class Hours(asyncio.SelectorEventLoop):
+        "Where nothing but time goes by, and at once."
+        now = 0
+        def time(self): return self.now
+        def _run_once(self):
+            if not self._ready and self._scheduled: self.now = max(self.now, self._scheduled[0]._when)
+            super()._run_once()
+
+    async def wanted():
+        asked = []
+        claude = main.Claude(main.Settings.read({'ANTHROPIC_API_KEY': 'test'}))
+        async def listed(): asked.append(asyncio.get_running_loop().time())
+        claude.listed = listed
+        turns = main.Turns(None, claude, main.Settings())
+        learner = asyncio.create_task(turns._learn())
+        for at, want in ((30, True), (100, False), (130, True)):
+            await asyncio.sleep(at - asyncio.get_running_loop().time())
+            if want: turns.stale.set()
+        await asyncio.sleep(3600)
+        learner.cancel()
+        return asked
+    with asyncio.Runner(loop_factory=Hours) as runner: assert [round(at) for at in runner.run(wanted())] == [0, 60, 130]
 
 @pytest.mark.parametrize('told', [b'<html>', b'[]', b'{"data": 5}', b'[' * 100_000, b'{"data": [' + b' ' * 2_000_000,
                                   b'{"data": [{}], "has_more": true}', httpx2.ReadError('x')], ids=lambda b: ascii(b)[:20])
