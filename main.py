@@ -2960,7 +2960,7 @@ if NOTEBOOK:
 # %%
 MARK = '<span class="end"></span>'  # stands in a tail where plain letters may follow; the page gives it an id
 END, ASIDE = '\ufdd0', '\ufdd1'     # noncharacters, never in a text (see `normal`): the mark, and a thing set aside
-BLOCK_LIMIT = 64 * 1024    # characters; a longer block is shown unstyled
+BLOCK_LIMIT = 64 * 1024    # of `weight`; a block of more is shown unstyled
 CODE_LIMIT = 100 * 1024    # characters; longer code is not coloured
 CODE_SECONDS = 0.5         # of CPU to colour a block; a language that took longer is plain for the next
 SLOW_SECONDS = 600         # as every one is while so many of them are slow:
@@ -2968,7 +2968,7 @@ SLOW_MOST = 10
 FORMULA_LIMIT = 2_000      # characters; a longer formula is shown as its source, and so are
 FORMULAS_LIMIT = 500       # further ones in the same block: each costs about 0.3 ms
 DEEP = 24                  # levels of quotes and lists (a list is two); what is deeper is plain text
-CALM = 2_000               # characters; a longer tail is set again only when it has grown by an eighth
+CALM = 2_000               # of `weight`; a tail of more is set again only when it has grown by an eighth
 # What no style colours needs no span: half the nodes of a code block.
 COLOURED = set(STANDARD_TYPES.values()) - {'', 'n', 'p', 'w', 'x', 'err'}
 
@@ -3224,6 +3224,8 @@ PARSER.inline.ruler.after('text', 'bare_url', bare_url)
 PARSER.inline.ruler.before('escape', 'math_inline', math_inline)
 PARSER.inline.ruler.before('link', 'note', note_mark)
 PARSER.core.ruler.enableOnly(['inline', 'text_join'])
+# A row that lacks cells gets them, up to so many in a table: about one for a letter at most, whatever the tables.
+sys.modules['markdown_it.rules_block.table'].MAX_AUTOCOMPLETED_CELLS = 50
 
 @dataclass
 class Part:
@@ -3251,11 +3253,13 @@ def parse(text, env):
         depth += token.nesting
     return state, parts
 
+def weight(text): return len(text) + 25 * text.count('[')  # in 10 us to typeset it, or less
+
 LONG = '<div class="plain"><p class="cut">Too long to typeset, shown as written.</p><pre>\n%s</pre></div>'
 def write(part, env):
     """One block's HTML: exactly one element. Runs the inline parser; may be called again with other surroundings."""
     code = part.tokens and part.tokens[0].type in ('fence', 'code_block')
-    if len(part.source) > BLOCK_LIMIT and not code: return LONG % escape(part.source).replace(END, MARK)
+    if weight(part.source) > BLOCK_LIMIT and not code: return LONG % escape(part.source).replace(END, MARK)
     env |= {'aside': [], 'formulas': 0}
     for token in part.tokens:
         if token.type == 'inline':
@@ -3349,7 +3353,6 @@ FENCE_END = re.compile(r' {0,3}(?:`{0,50}|~{0,50})[ \t]{0,40}')
 BEGUN = r'(?:[*_`]*[^\W\d]|#{1,6} \S)'
 NEW_BLOCK = re.compile(rf'\n[ \t]*\n{BEGUN}|\n```[^`\n]*\n')
 
-def weight(text): return len(text) + 25 * text.count('[')  # in 5 us to typeset it, or less
 def may_have_code(text): return '```' in text or '~~~' in text  # to colour, which takes its time
 
 class Typesetter:
@@ -3368,9 +3371,9 @@ class Typesetter:
     def _start(self, text):  # a new tail
         self._pieces, self._size, self._weight, self._code = [text], len(text), weight(text), may_have_code(text)
         self._end, self._fence = text[-100:], None            # a pattern: how the open fence would end
-        self._html, self._marked, self._shown = '', False, 0  # as it was last set, at the size `_shown`
+        self._html, self._marked, self._shown = '', False, 0  # as it was last set, at the weight `_shown`
         self._added, self._held = [], ''                      # since then; what may be the end of a fence
-        self._vain = 0                                        # the size at which a new block closed nothing
+        self._vain = 0                                        # the weight at which a new block closed nothing
 
     def heavy(self, piece):
         """May the next feed, of an ordinary `piece`, take longer than about 10 ms? Then call it in a thread."""
@@ -3393,11 +3396,11 @@ class Typesetter:
         if self._fence:
             if self._fence.search(recent): return self._set()
             text = self._but_end(text)
-        elif NEW_BLOCK.search(recent) and self._size * 8 >= self._vain * 9:
-            self._vain = self._size  # unless a block closes now
+        elif NEW_BLOCK.search(recent) and self._weight * 8 >= self._vain * 9:
+            self._vain = self._weight  # unless a block closes now
             return self._set()
         elif not plain:
-            if self._shown <= CALM or self._size * 8 >= self._shown * 9: return self._set()
+            if self._shown <= CALM or self._weight * 8 >= self._shown * 9: return self._set()
             text = SYNTAX.sub('', text) * self._marked
         self._added.append(text)
         return [Text(text)] if text else []
@@ -3428,7 +3431,7 @@ class Typesetter:
             self.work += state.bMarks[cut]
             self._above.append(source[:state.bMarks[cut]])
             self._start(source[state.bMarks[cut]:])
-        self._shown, self._added, self._held = self._size, [], ''
+        self._shown, self._added, self._held = self._weight, [], ''
         if fence:
             code = self._but_end(source[state.bMarks[cut + 1]:])
             self._html = figure(code + END, unescape(fence.info), False)

@@ -3278,9 +3278,30 @@ def test_the_work_grows_with_the_length_only(kind):
     assert work(6_000) < (3 if kind in ('fence', 'line') else 24)
 
 
-def test_what_is_too_long_is_shown_unstyled_with_a_note():
-    for text in ('a*b* ' * 20_000, '|a|\n|-|\n' + '|1|\n' * 20_000):
-        assert [html[:19] for html in main.render(text)] == ['<div class="plain">']
+@pytest.mark.parametrize('dense', ['[', '![', '[a ', '[`](`)'])
+def test_the_work_on_what_is_slow_to_parse_is_less(dense):
+    text, setter = dense * (30_000 // len(dense)), main.Typesetter()
+    for i in range(0, len(text), 40): setter.feed(text[i:i + 40])
+    assert setter.work * main.weight(dense) / len(dense) < 30 * len(text)
+
+
+@pytest.mark.parametrize('text', ['a*b* ' * 20_000, '|a|\n|-|\n' + '|1|\n' * 20_000, '[' * 30_000, '![' * 15_000,
+                                  '[' * 5_000 + 'x' + '](a)' * 5_000])
+def test_what_is_too_long_or_too_dense_is_shown_unstyled_with_a_note(text):
+    assert [html[:19] for html in main.render(text)] == ['<div class="plain">']
+
+
+def test_an_ordinary_long_list_of_links_is_set():
+    assert ''.join(main.render('- [some words](https://a.example/b) and more\n' * 900)).count('<a ') == 900
+
+
+@pytest.mark.parametrize('columns, rows', [(1_000, 64), (30, 40), (10, 6), (5, 12), (2, 99)])
+def test_a_table_grows_by_empty_cells_only_as_the_text_does(columns, rows):
+    head = '|'.join('a' * columns) + '\n' + '|'.join('-' * columns) + '\n'
+    text = (head + 'x\n' * rows + '\n') * (20_000 // (len(head) + 2 * rows))
+    assert len(''.join(main.render(text))) < 25 * len(text)
+    assert main.render(text)[0].count('<th>') == columns
+    assert ''.join(main.render(head + 'x\n' * (50 // columns))).count('<td>') == 50 // columns * columns
 
 
 # ---- Components: text is shown as text ------------------------------------------------------------------------------
