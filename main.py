@@ -3073,7 +3073,8 @@ def host_of(url, schemes=('http', 'https', 'mailto')):
     return plain[1] if plain and parts.scheme in schemes else ''
 
 def pretends(words, host):  # does a link's text name a host other than its own?
-    named = re.findall(r'(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])', words.lower()[:500])
+    seen = ''.join(c for c in unicodedata.normalize('NFKC', words[:5_000]) if unicodedata.category(c) != 'Cf')
+    named = re.findall(r'(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])|\blocalhost\b', seen.lower()[:500])
     return any(name.removeprefix('www.') != host.removeprefix('www.') for name in named)
 
 # %% [markdown]
@@ -3182,7 +3183,8 @@ class Pen(RendererHTML):
         url, title, level = str(tokens[i].attrs['href']), str(tokens[i].attrs.get('title', '')), tokens[i].level
         end = next(j for j in range(i, len(tokens)) if tokens[j].type == 'link_close' and tokens[j].level == level)
         host, words = host_of(url), ''.join(t.content for t in tokens[i:end] if t.type in ('text', 'code_inline'))
-        told = f' <span class="host">({escape(host)})</span>' if host and pretends(words, host) else ''
+        drawn = any(t.type in ('image', 'math_inline') for t in tokens[i:end])  # and may show any name
+        told = f' <span class="host">({escape(host)})</span>' if host and (drawn or pretends(words, host)) else ''
         tokens[end].meta['html'] = f'</a>{told}' if host else ''
         title = title and f' title="{escape(title)}"'
         cite = ' class="cite"' * (bool(words) and {*map(ord, words)} <= {*RAISED.values()})

@@ -3138,7 +3138,11 @@ def test_nothing_gets_out_of_a_formula(latex):
     ('[good.com](https://good.com@evil.com)', 'evil.com'), ('[аpple.com](https://аpple.com)', 'xn--pple-43d.com'),
     ('[www.a.com](https://a.com)', ''),
     ('[x@good.com](mailto:x@evil.com)', 'evil.com'), ('[docs.a.com](https://a.com)', 'a.com'),
-    ('[good.com](https://evil.com\\@good.com)', None)])
+    ('[good.com](https://evil.com\\@good.com)', None), ('[![good.com](/a)](https://evil.com)', 'evil.com'),
+    ('[$\\text{good.com}$](https://evil.com)', 'evil.com'), ('[goo\u200bd.c\u2060om](https://evil.com)', 'evil.com'),
+    ('[good\u2024com](https://evil.com)', 'evil.com'), ('[ｇｏｏｄ．ｃｏｍ](https://evil.com)', 'evil.com'),
+    ('[localhost](https://evil.com)', 'evil.com'), ('[localhost:80](http://localhost:80/x)', ''),
+    ('[good\xad.com](https://good.com)', ''), ('[' + '\u200b' * 500 + 'good.com](https://evil.com)', 'evil.com')])
 def test_a_link_that_pretends_is_told(text, told):
     html = ''.join(main.render(text))
     if told is not None: assert re.findall(r'<span class="host">\((.*?)\)</span>', html) == [told] * bool(told)
