@@ -3521,8 +3521,11 @@ def Standing(message):
     way = summarise.to(**place)
     return Form(Span(f'This conversation fills {min(full, 1):.0%} of what the model can read.'),
                 *[Key(id=None), Button('Go on with a summary', cls='quiet')] if full >= .8 else [], method='post',
-                action=way, hx_post=way, hx_target='#messages', hx_swap='beforeend', hx_disabled_elt='find button',
-                cls='standing last')
+                action=way, **to_messages(way), cls='standing last')
+
+def to_messages(place):
+    "The attributes of a form whose answer stands below the messages that are shown."
+    return dict(hx_post=place, hx_target='#messages', hx_swap='beforeend', hx_disabled_elt='find button')
 
 REASONS = {'end_turn': 'all was said', 'stop_sequence': 'a stop sequence', 'max_tokens': 'its maximum output',
            'refusal': 'a refusal', 'pause_turn': 'a pause', 'tool_use': 'a call of a tool',
@@ -4128,17 +4131,18 @@ def Act(words, place, cls='quiet', **fields):
     return Form(Button(words, cls=cls), *[Input(type='hidden', name=name, value=value) for name, value in
                 fields.items()], method='post', action=place, hx_post=place, hx_swap='none')
 
-def Menu(conversation, most):
-    "What can be done with a conversation: a small menu, or without the script a page."
+def Menu(conversation, most, here=False):
+    "What can be done with a conversation, which may be `here`: a small menu, or without the script a page."
     of = {'conversation_id': conversation.id}
-    place = rename.to(**of)
+    place, way = rename.to(**of), summarise.to(**of)
     return (Form(Input(name='title', value=conversation.title, aria_label='Title', required=True, maxlength=most,
                        autocomplete='off'), Button('Save', cls='quiet'), method='post', action=place, hx_post=place,
                  hx_swap='none', cls='rename', data_id=conversation.id),
             Button('Rename', type='button', cls='quiet scripted', data_rename=conversation.id),
             Act('Unpin' if conversation.pinned else 'Pin', pin.to(**of), pinned='' if conversation.pinned else '1'),
             A('Download as Markdown', href=as_markdown.to(**of), cls='quiet'),
-            Form(Key(id=None), Button('Go on with a summary', cls='quiet'), method='post', action=summarise.to(**of)),
+            Form(Key(id=None), Button('Go on with a summary', cls='quiet'), method='post', action=way,
+                 **to_messages(way) if here else {}),
             Act('Delete', delete.to(**of)))
 
 def Undo(since='', **attrs):
@@ -5821,7 +5825,8 @@ async def listed(req):
 @rt.get('/actions/{conversation_id}')
 async def actions(req, conversation_id: str):
     conversation, _ = await parley(req).store.path(owner(req), conversation_id, ENDLESS)
-    menu = Menu(conversation, parley(req).settings.max_title_chars)
+    here = standing(req) == show.to(conversation_id=conversation_id)
+    menu = Menu(conversation, parley(req).settings.max_title_chars, here)
     if by_htmx(req): return menu
     return await page(req, conversation.title, Div(H2(conversation.title), *menu, id='empty', cls='listing'), to='/')
 

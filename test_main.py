@@ -1496,6 +1496,16 @@ def test_where_the_api_says_it_is_too_long_a_summary_is_offered(me, upstream):
     chat = me.ask(upstream.plays(raw(json.dumps(told).encode(), status=400, content_type='application/json'))).over()
     assert 'too long' in chat.reply['note'] and 'Go on with a summary' in standing(chat.tab())[0]
 
+def test_the_menu_leads_to_a_summary_on_the_page_where_its_conversation_is_shown(me, upstream):
+    chat = me.ask(upstream.says('One.')).over()
+    def way(**headers):
+        html = me.http.get(f'/actions/{chat.id}', headers=headers).text
+        form, = Page(html).root.all(lambda n: n.tag == 'form' and n.attrs.get('action') == f'/c/{chat.id}/summary')
+        return form.attrs.get('hx-post'), form.attrs.get('hx-target')
+    def seen_from(place): return way(**{'HX-Request': 'true', 'HX-Current-URL': f'http://127.0.0.1{place}'})
+    assert seen_from(f'/c/{chat.id}') == (f'/c/{chat.id}/summary', '#messages')
+    assert seen_from('/') == seen_from('/c/another') == way() == (None, None)
+
 def test_a_path_too_long_to_be_summarised_is_read_from_where_it_fits():
     def message(n): return main.Message(n, 'c', 'o', n - 1, n, ('user', 'assistant')[n % 2], 'x' * 100, 'done', '', '',
                                         None, 0, 0, [], {'weight': 1000 if n == 7 else 'canary'})
