@@ -3281,8 +3281,10 @@ def notes_section(env):
 def render(text):
     """Markdown -> the safe HTML of its blocks, one element each; a section of notes comes last if there are any."""
     env = surroundings({}, {}, {})
-    _, parts = parse(normal(text), env)
-    return [write(part, env) for part in parts] + notes_section(env)
+    parts = parse(normal(text), env)[1][::-1]
+    blocks = []
+    while parts: blocks.append(write(parts.pop(), env))  # the tokens of a block are many times its letters
+    return blocks + notes_section(env)
 
 SAID = re.compile(r'^ {0,3}(`{3,})([^`\n]*)\n(.*?)(?:^ {0,3}\1`*[ \t]*(?:\n|\Z)|\Z)'  # fenced code, or lines of words
                   r'|(?:(?!^ {0,3}`{3,}[^`\n]*\n)(?:[^\n]+\n?|\n)){1,20}', re.M | re.S)
