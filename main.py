@@ -4230,9 +4230,9 @@ def Dialogs():
                    Dl(*[Div(Dt(Kbd(key)), Dd(what)) for key, what in KEYS]),
                    id='keys', closedby='any', aria_labelledby='keys-title'))
 
-def Page(title, conversations, *content, look, conversation=None, running=False, demo=False, setup=None, undo='',
+def Page(title, conversations, *content, look, conversation=None, again='', demo=False, setup=None, undo='',
          **composer):
-    "A whole page. Without JavaScript it loads itself again while a reply runs. `look`: see `look_of`."
+    "A whole page. Without JavaScript it loads `again`, an address, while a reply runs. `look`: see `look_of`."
     config = {'includeIndicatorStyles': False, 'allowEval': False, 'allowScriptTags': False, 'historyCacheSize': 0,
               'refreshOnHistoryMiss': True, 'selfRequestsOnly': True, 'responseHandling': [
                   {'code': '204', 'swap': False}, {'code': '[23]..', 'swap': True},
@@ -4247,8 +4247,7 @@ def Page(title, conversations, *content, look, conversation=None, running=False,
         Link(rel='stylesheet', href=asset('parley.css')), Link(rel='manifest', href=asset('parley.webmanifest')),
         Link(rel='icon', href=asset('icon.svg'), data_news=asset('news.svg')),
         *[Script(src=asset(name), defer=True) for name in ('htmx.js', 'ws.js', 'parley.js')],
-        Noscript(Meta(http_equiv='refresh', content=f'2; url={look["here"]}' if composer.get('to') else '2'))
-        if running else None)
+        Noscript(Meta(http_equiv='refresh', content=f'2; url={again}')) if again else None)
     return Html(head, Body(
         A('To the message box', href='#message', cls='skip unseen'), Bar(title, look, conversation, demo),
         Sidebar(conversations, look, conversation and conversation.id),
@@ -5739,6 +5738,10 @@ def home_of(req):
     "The page that an address is of, also of a form that was answered with a page: the conversation's, or the first."
     return re.sub(r'^(/c/[^/]+)/.*|^/choices$', r'\1', req.url.path) or '/'
 
+def again_of(req):
+    "The address that shows this page once more. It is named because a browser goes nowhere from `…#msg-0` to itself."
+    return f'{req.url.path}?{req.url.query}'.rstrip('?') if req.method == 'GET' else home_of(req)
+
 def zone_of(conn):
     "This browser's time zone in minutes east of Greenwich, as its script said."
     said = re.fullmatch(r'-?\d{1,3}', conn.cookies.get('zone', ''))
@@ -5957,9 +5960,9 @@ async def shown(req, conversation_id, **more):
     if by_htmx(req) and before < ENDLESS: return await transcript(req, path)
     later = A('To the end of the conversation', href=req.url.path, cls='quiet') if before < ENDLESS else None
     setup = more.pop('setup', None) or await setup_of(req, conversation.id, conversation.choices)
+    again = again_of(req) if path and path[-1].status == RUNNING and not edit else ''
     return await page(req, conversation.title, *await transcript(req, path, edit), later, conversation=conversation,
-                      running=bool(path) and path[-1].status == RUNNING, after=conversation.leaf, setup=setup,
-                      **more)
+                      again=again, after=conversation.leaf, setup=setup, **more)
 
 @rt.get('/c/{conversation_id}/{idx}.md')
 async def as_written(req, conversation_id: str, idx: int):
@@ -6118,7 +6121,7 @@ async def connect(req):
 @rt.get('/data')
 async def your_data(req):
     now = parley(req).imports.get(owner(req))
-    return await page(req, 'Your data', YourData(now), to='/', running=bool(now and not now.status))
+    return await page(req, 'Your data', YourData(now), to='/', again=again_of(req) if now and not now.status else '')
 
 async def download(req, name, chunks):
     "Send something long as it is made, once at a time and to no other site. What fails at once is said in words."
