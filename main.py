@@ -5100,6 +5100,11 @@ on('htmx:oobBeforeSwap', e => { // what is being set here stays, whatever is set
   const being = '#panel:is(:popover-open, :has(.htmx-request)) #fields:has([hx-post^="/c/"])';
   if (e.detail.target.matches(being)) e.detail.shouldSwap = false;
 });
+on('htmx:beforeRequest', e => { // a field that an answer has replaced meanwhile was taken along with the question
+  if (e.detail.pathInfo.requestPath.endsWith('/choices')) e.target.addEventListener('htmx:beforeOnLoad', late => {
+    if (!e.target.isConnected && late.detail.xhr.status < 400) late.preventDefault();
+  }, { once: true });
+});
 on('htmx:oobAfterSwap', e => { // what is said of a setting stands in its panel, unless that was closed meanwhile
   const { id, textContent } = e.detail.target;
   if (id === 'chosen' && textContent && !$('#panel:popover-open')) notice(textContent);

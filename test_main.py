@@ -6260,6 +6260,29 @@ def test_the_settings_of_a_conversation_by_keyboard_and_on_a_phone(profile, lab,
     assert not view.console
 
 @browser_test
+@pytest.mark.parametrize('field', ['model', 'effort'])
+def test_a_setting_that_is_answered_after_the_question_it_went_with_leaves_the_page_alone(profile, lab, field):
+    view = View(profile(), lab.url)
+    page, held = view.page, []
+    page.locator('#opener [popovertarget]').click()
+    with page.expect_response('**/choices'): page.locator('#model').select_option('claude-nova-1')
+    assert view.eventually(lambda: page.locator('#effort').count()
+                           and page.locator('#model').evaluate("e => !!e['htmx-internal-data']?.listenerInfos"))
+    page.route('**/choices', lambda route: held.append(route))
+    with page.expect_request('**/choices'):
+        page.locator(f'#{field}').select_option({'model': 'claude-bare-1', 'effort': 'ultra'}[field])
+    page.keyboard.press('Escape')
+    view.send(question := lab.upstream.says('Once.')).ends()
+    place = f"{page.evaluate('location.pathname')}/choices"
+    with page.expect_event('requestfinished', lambda request: request.url.endswith('/choices')): held[0].continue_()
+    page.evaluate('() => new Promise(requestAnimationFrame)')
+    sent = body(lab, question)
+    assert (sent['model'], sent.get('output_config')) == {
+        'model': ('claude-bare-1', None), 'effort': ('claude-nova-1', {'effort': 'ultra'})}[field]
+    assert {page.locator(f'#{name}').get_attribute('hx-post') for name in ('model', 'max_tokens')} == {place}
+    assert ('bare' in page.locator('#opener').inner_text()) == (field == 'model') and not view.console
+
+@browser_test
 def test_what_a_setting_is_refused_for_is_said_in_the_panel(profile, lab):
     view = View(profile(), lab.url)
     view.page.locator('#opener [popovertarget]').click()
