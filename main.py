@@ -79,6 +79,7 @@ from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.rules_block import StateBlock, paragraph
 from markdown_it.rules_core import StateCore
+from markdown_it.token import Token
 from mdit_py_plugins.footnote.index import footnote_def
 from pygments.token import STANDARD_TYPES
 from starlette.datastructures import Headers, UploadFile
@@ -2961,6 +2962,7 @@ if NOTEBOOK:
 MARK = '<span class="end"></span>'  # stands in a tail where plain letters may follow; the page gives it an id
 END, ASIDE = '\ufdd0', '\ufdd1'     # noncharacters, never in a text (see `normal`): the mark, and a thing set aside
 BLOCK_LIMIT = 64 * 1024    # of `weight`; a block of more is shown unstyled
+TOKENS_LIMIT = 4 * BLOCK_LIMIT  # of one block; a letter makes three at most
 CODE_LIMIT = 100 * 1024    # characters; longer code is not coloured
 CODE_SECONDS = 0.5         # of CPU to colour a block; a language that took longer is plain for the next
 SLOW_SECONDS = 600         # as every one is while so many of them are slow:
@@ -3091,6 +3093,7 @@ INLINE_MATH = re.compile(r'\$\$([^$]{1,2000})\$\$|\$(?![\s$])((?:[^$\\]|\\.){0,1
 NOTE_MARK = re.compile(r'\[\^([^\]\s]{1,99})\]')
 URL, AFTER_URL = re.compile(r'://[^\s<>\[\]{}|\\^`"*\ufdd0]{1,2000}'), '.,;:!?\'_~'
 def deep(state, start, end, silent):  # nesting beyond `DEEP` is text; the parser's own limit would drop the text
+    if not silent and state.level == 0: state.hand_over()  # the first rule of all is where a block begins
     return not silent and state.level >= DEEP and paragraph(state, start, end, silent)
 
 def math_block(state, start, end, silent):
@@ -3244,17 +3247,28 @@ def surroundings(references, notes, numbers, guess=False):
     """What a parser run knows and learns: link definitions {label: link}, notes {label: Part}, their numbers."""
     return {'references': references, 'notes': notes, 'numbers': numbers, 'guess': guess, 'tail': False}
 
-def parse(text, env):
-    """-> (state, parts): the lines as the parser sees them, and the top-level blocks in order."""
-    state = StateBlock(text, PARSER, env, [])
-    PARSER.block.tokenize(state, 0, state.lineMax)
-    parts, depth = [], 0
-    for token in state.tokens:
-        if depth == 0: parts.append(Part.of(state, [], token.map))
-        parts[-1].tokens.append(token)
-        depth += token.nesting
-    return state, parts
+class Reading(StateBlock):
+    """The parser's place in a text. Tokens take hundreds of times the room of their letters, so those of a block go to
+    `take` before the next begins, and one too long to typeset keeps no more of them than the longest that isn't."""
+    def __init__(self, text, env, take):
+        super().__init__(text, PARSER, env, [])
+        self.take = take
+    def push(self, *args):
+        token = super().push(*args)
+        if len(self.tokens) > TOKENS_LIMIT: self.tokens[-1] = DROPPED
+        return token
+    def hand_over(self):
+        if self.tokens: self.take(Part.of(self, self.tokens, self.tokens[0].map))
+        self.tokens = []
 
+def parse(text, env, take):
+    """Hand the top-level blocks to `take`, in order. -> the lines as the parser sees them."""
+    state = Reading(text, env, take)
+    PARSER.block.tokenize(state, 0, state.lineMax)
+    state.hand_over()
+    return state
+
+DROPPED = Token('', '', 0)
 def weight(text): return len(text) + 25 * text.count('[')  # in 10 us to typeset it, or less
 
 LONG = '<div class="plain"><p class="cut">Too long to typeset, shown as written.</p><pre>\n%s</pre></div>'
@@ -3280,10 +3294,9 @@ def notes_section(env):
 
 def render(text):
     """Markdown -> the safe HTML of its blocks, one element each; a section of notes comes last if there are any."""
-    env = surroundings({}, {}, {})
-    parts = parse(normal(text), env)[1][::-1]
-    blocks = []
-    while parts: blocks.append(write(parts.pop(), env))  # the tokens of a block are many times its letters
+    text, env, blocks = normal(text), surroundings({}, {}, {}), []
+    if ']:' in text: parse(text, env, lambda part: None)  # what is defined below counts above
+    parse(text, env, lambda part: blocks.append(write(part, env)))
     return blocks + notes_section(env)
 
 SAID = re.compile(r'^ {0,3}(`{3,})([^`\n]*)\n(.*?)(?:^ {0,3}\1`*[ \t]*(?:\n|\Z)|\Z)'  # fenced code, or lines of words
@@ -3415,7 +3428,7 @@ class Typesetter:
         line = source[source.rfind('\n') + 1:]
         decided = len(line) >= 200 or not UNDECIDED.fullmatch(line)
         env = surroundings(ChainMap({}, self._references), ChainMap({}, self._notes), self._numbers, True)
-        state, parts = parse(source + END if decided else source[:len(source) - len(line)], env)
+        state = parse(source + END if decided else source[:len(source) - len(line)], env, (parts := []).append)
         self.work += len(source)
         whole = source.count('\n')  # lines; what the last one says counts only if nothing can change it
         sure = [part for part in parts if part.lines[0] < whole or re.match(BEGUN, line)]
@@ -3462,7 +3475,7 @@ class Typesetter:
         source, before = ''.join(self._pieces) + self._lines.decode('', True), self.blocks
         text, shown = ''.join(self._above) + source, self._html
         env = surroundings(self._references, self._notes, self._numbers)
-        _, parts = parse(source, env)
+        parse(source, env, (parts := []).append)
         again = any((self._references, self._notes, self._numbers))  # they may change what stands above them
         self.work += 2 * len(text if again else source)
         self.blocks = render(text) if again else before + [write(part, env) for part in parts]

@@ -3084,10 +3084,34 @@ def test_any_markup_in_any_pieces_ends_as_a_reload_shows(parts):
 def test_the_division_into_blocks_changes_nothing(text):
     """The oracle: one run of the library over all tokens of the text, written in one go."""
     env = main.surroundings({}, {}, {}) | {'aside': [], 'formulas': 0}
-    state, _ = main.parse(main.normal(text), env)
-    whole = main.write(main.Part(state.tokens, '', [0, 0]), env) if state.tokens else ''
+    main.parse(main.normal(text), env, (parts := []).append)
+    tokens = [token for part in parts for token in part.tokens]
+    whole = main.write(main.Part(tokens, '', [0, 0]), env) if tokens else ''
     def bare(text): return text.replace('\n<', '<').replace('>\n', '>')
     assert bare(''.join(main.render(text))) == bare(whole + ''.join(main.notes_section(env)))
+
+
+@pytest.mark.parametrize('text', ['a\n\n' * 7_000, '> a\n\n' * 4_000, '- a\n' * 5_000, '- [ ] a\n' * 2_500, '-\n' * 10_000,
+                                  '|a|b|\n|-|-|\n' + '|a|b|\n' * 4_000, ('* ' * 20 + '- - a\n') * 500])
+def test_the_memory_of_a_render_is_not_that_of_all_its_tokens(text, monkeypatch):
+    monkeypatch.setattr(main, 'BLOCK_LIMIT', 1_000)
+    monkeypatch.setattr(main, 'TOKENS_LIMIT', 4_000)
+    tracemalloc.start()
+    try:
+        html, (_, peak) = main.render(text), tracemalloc.get_traced_memory()
+    finally: tracemalloc.stop()
+    assert html and peak < 240 * len(text), peak / len(text)
+
+
+@pytest.mark.parametrize('head, lines', [('', '-\n'), ('', '- a\n'), ('', '1.\n'), ('', '* ' * 30 + '\n'), ('', '>' * 40 + '\n'),
+    ('', '>' * 40 + 'a\n'), ('', '>-\n'), ('a\n-\n', 'a\n'), ('a|b\n-|-\n', '|\n'), ('|a|b|\n|-|-|\n', '|||\n'),
+    ('|' * 200 + '\n' + '|-' * 199 + '|\n', '|' * 200 + '\n'), ('|' * 60 + '\n' + '|-' * 59 + '|\n', 'a\n')])
+def test_what_can_be_typeset_keeps_all_of_its_tokens(head, lines, monkeypatch):
+    monkeypatch.setattr(main, 'BLOCK_LIMIT', 4_000)
+    monkeypatch.setattr(main, 'TOKENS_LIMIT', 4 * 4_000)
+    text = head + lines * ((4_000 - len(head)) // len(lines))
+    main.parse(text, main.surroundings({}, {}, {}), (parts := []).append)
+    assert parts and not any(token is main.DROPPED for part in parts for token in part.tokens)
 
 
 def test_a_closed_block_is_seen_before_the_reply_ends():
