@@ -1441,6 +1441,12 @@ class Narrow:
         if len(data) > LONGEST_TABLE: raise Refused(413, 'This zip has more files in it than can be read.')
         return data
 
+def found_in(archive, name) -> list:
+    "The files in a zip with such a name. Raises `NotImplementedError` if one would unpack further than is asked for."
+    found = [each for each in archive.infolist() if re.fullmatch(name, each.filename, re.DOTALL)]
+    if {each.compress_type for each in found} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}: raise NotImplementedError
+    return found
+
 def parts_of(file, most: int) -> Iterator:
     "What came, or if it is a zip the JSON files in it that matter, of which nothing is ever written to the disk."
     file.seek(0)
@@ -1449,11 +1455,9 @@ def parts_of(file, most: int) -> Iterator:
     if magic[:6] == b'SQLite': raise Refused(422, 'This is a backup: `python main.py restore FILE` puts it back.')
     if magic[:2] != b'PK': return (yield file)
     with zipfile.ZipFile(Narrow(file)) as archive:
-        found = [each for each in archive.infolist() if each.filename.endswith('.json')]
-        found = [each for each in found if re.fullmatch(r'(.*/)?conversations([-_]\d+)?\.json', each.filename)] or found
+        found = found_in(archive, r'(.*/)?conversations([-_]\d+)?\.json') or found_in(archive, r'.*\.json')
         if sum(each.file_size for each in found) > most: raise Refused(413, f'Unpacked, this is over {most:,} bytes.')
         for each in found:
-            if each.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise NotImplementedError
             with archive.open(each) as part: yield part
 
 def files_in(file, limits: Settings) -> Iterator[tuple[str, str, bytes]]:
@@ -1461,12 +1465,13 @@ def files_in(file, limits: Settings) -> Iterator[tuple[str, str, bytes]]:
     file.seek(0)
     if file.read(2) != b'PK': return
     with zipfile.ZipFile(Narrow(file)) as archive:
-        found = [each for each in archive.infolist() if re.fullmatch('files/[0-9a-f]{64}', each.filename)]
+        found = found_in(archive, 'files/[0-9a-f]{64}')
         if sum(each.file_size for each in found) > min(limits.max_import_bytes, limits.max_files_bytes) or any(
                 each.file_size > limits.max_file_bytes for each in found):
             raise Refused(413, 'The files in it are too large.')
         for each in found:
-            content, sha = archive.read(each), each.filename[6:]
+            with archive.open(each) as part: content = part.read(each.file_size)  # and no more, whatever is in it
+            sha = each.filename[6:]
             if hashlib.sha256(content).hexdigest() != sha: raise Refused(422, 'A file in it is not what it was.')
             try: yield sha, kind_of(content), content
             except Refused as no: raise Refused(no.status, f'A file in it can not be kept: {no.words}.') from None

@@ -1084,6 +1084,21 @@ def test_a_zip_with_a_huge_table_of_contents_is_not_read(careful):
     assert main.LONGEST_TABLE < len(table)
     with pytest.raises(main.Refused, match='more files'): list(main.parts_of(io.BytesIO(b'PK\3\4' + table + end), 10**9))
 
+@pytest.mark.parametrize('name', [f'files/{"0" * 64}', 'conversations.json', 'some.json'])
+@pytest.mark.parametrize('method, why', [(zipfile.ZIP_DEFLATED, 'damaged'), (zipfile.ZIP_BZIP2, 'unusual'), (zipfile.ZIP_LZMA, 'unusual')])
+def test_a_zip_that_says_less_than_it_holds_is_unpacked_no_further_than_it_says(name, method, why):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, 'w', method) as packed: packed.writestr(name, b'[' + b' ' * 60_000_000)
+    bomb = bytearray(out.getvalue())
+    for at in 22, bomb.rindex(b'PK\1\2') + 24: bomb[at:at + 4] = struct.pack('<I', 1_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(main.Refused, match=why):
+            main.sift(io.BytesIO(bomb), len(bomb), io.BytesIO(), 'me', main.Settings(), main.Import())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert peak < 2_000_000
+
 def test_a_name_in_a_zip_leads_nowhere(archive, tmp_path):
     me = archive.person()
     names = ['../../up/conversations.json', '/tmp/conversations.json']
