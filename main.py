@@ -3097,8 +3097,11 @@ INLINE_MATH = re.compile(r'\$\$([^$]{1,2000})\$\$|\$(?![\s$])((?:[^$\\]|\\.){0,1
                          r'|\\\((.{1,2000}?)\\\)|\\\[(.{1,2000}?)\\\]', re.DOTALL)
 NOTE_MARK = re.compile(r'\[\^([^\]\s]{1,99})\]')
 URL, AFTER_URL = re.compile(r'://[^\s<>\[\]{}|\\^`"*\ufdd0]{1,2000}'), '.,;:!?\'_~'
+def new_block(state, start, end, silent):  # asked first where one begins: above a top-level one all has ended
+    if not silent and state.level == 0: state.hand_over()
+    return False
+
 def deep(state, start, end, silent):  # nesting beyond `DEEP` is text; the parser's own limit would drop the text
-    if not silent and state.level == 0: state.hand_over()  # the first rule of all is where a block begins
     return not silent and state.level >= DEEP and paragraph(state, start, end, silent)
 
 def math_block(state, start, end, silent):
@@ -3227,7 +3230,8 @@ def clean(html): return WALL.clean(ASIDE + html)[1:]  # with something before it
 PARSER = MarkdownIt('commonmark', {'html': False, 'xhtmlOut': False, 'tasklists': True, 'maxNesting': 2 * DEEP},
                     renderer_cls=Pen).enable(['table', 'strikethrough']).disable(['html_block', 'html_inline'])
 PARSER.validateLink = lambda url: True  # the pen decides: what we do not link keeps its words
-PARSER.block.ruler.before('table', 'deep', deep)
+PARSER.block.ruler.before('table', 'new_block', new_block)
+PARSER.block.ruler.after('new_block', 'deep', deep)
 PARSER.block.ruler.before('fence', 'math_block', math_block, {'alt': ['paragraph', 'reference', 'blockquote', 'list']})
 PARSER.block.ruler.before('reference', 'note', note, {'alt': ['paragraph', 'reference']})
 PARSER.inline.ruler.after('text', 'bare_url', bare_url)
@@ -3252,6 +3256,7 @@ def surroundings(references, notes, numbers, guess=False):
     """What a parser run knows and learns: link definitions {label: link}, notes {label: Part}, their numbers."""
     return {'references': references, 'notes': notes, 'numbers': numbers, 'guess': guess, 'tail': False}
 
+DROPPED = Token('', '', 0)  # stands for all that are
 class Reading(StateBlock):
     """The parser's place in a text. Tokens take hundreds of times the room of their letters, so those of a block go to
     `take` before the next begins, and one too long to typeset keeps no more of them than the longest that isn't."""
@@ -3273,7 +3278,6 @@ def parse(text, env, take):
     state.hand_over()
     return state
 
-DROPPED = Token('', '', 0)
 def weight(text): return len(text) + 25 * text.count('[')  # in 10 us to typeset it, or less
 
 LONG = '<div class="plain"><p class="cut">Too long to typeset, shown as written.</p><pre>\n%s</pre></div>'
@@ -3482,7 +3486,7 @@ class Typesetter:
         env = surroundings(self._references, self._notes, self._numbers)
         parse(source, env, (parts := []).append)
         again = any((self._references, self._notes, self._numbers))  # they may change what stands above them
-        self.work += 2 * len(text if again else source)
+        self.work += 3 * len(text) if again else 2 * len(source)
         self.blocks = render(text) if again else before + [write(part, env) for part in parts]
         self._start('')
         mends = [Mend(n, html) for n, (html, old) in enumerate(zip(self.blocks, before, strict=False)) if html != old]

@@ -6263,6 +6263,8 @@ def test_an_example_is_a_question_without_javascript_too(profile, new_site):
     view.page.locator('.examples button').first.click()
     assert view.text(0) == question and view.ends()
 
+LISTENS = "e => !!e['htmx-internal-data']?.listenerInfos"  # a swapped element does 20 ms later
+
 @browser_test
 @pytest.mark.parametrize('phone', [False, True])
 def test_the_settings_of_a_conversation_by_keyboard_and_on_a_phone(profile, lab, phone):
@@ -6273,8 +6275,7 @@ def test_the_settings_of_a_conversation_by_keyboard_and_on_a_phone(profile, lab,
     page.keyboard.press('Tab')
     assert panel.is_visible() and page.evaluate('document.activeElement.id') == 'model'
     page.locator('#model').select_option('claude-bare-1')
-    listens = "e => !!e['htmx-internal-data']?.listenerInfos"      # a swapped element does 20 ms later
-    assert view.eventually(lambda: 'bare' in opener.inner_text() and page.locator('#model').evaluate(listens))
+    assert view.eventually(lambda: 'bare' in opener.inner_text() and page.locator('#model').evaluate(LISTENS))
     assert not page.locator('#effort').count()
     page.locator('#model').select_option('claude-nova-1')
     page.locator('#effort').select_option('ultra')
@@ -6306,7 +6307,7 @@ def test_a_setting_that_is_answered_after_the_question_it_went_with_leaves_the_p
     page.locator('#opener [popovertarget]').click()
     with page.expect_response('**/choices'): page.locator('#model').select_option('claude-nova-1')
     assert view.eventually(lambda: page.locator('#effort').count()
-                           and page.locator('#model').evaluate("e => !!e['htmx-internal-data']?.listenerInfos"))
+                           and page.locator('#model').evaluate(LISTENS))
     page.route('**/choices', lambda route: held.append(route))
     with page.expect_request('**/choices'):
         page.locator(f'#{field}').select_option({'model': 'claude-bare-1', 'effort': 'ultra'}[field])
