@@ -5345,7 +5345,7 @@ def test_a_person_edits_walks_regenerates_and_forks(view, upstream):
     act(2, ('link', 'Edit'))
     assert view.eventually(lambda: box.input_value() == 'not yet sent')
     box.fill(new := upstream.says('three')), box.press('Enter')
-    assert view.until('three', idx=3).text(2) == new and view.bubble(4).count() == 0
+    assert view.until('three', idx=3).text(2) == new and view.bubble(4).count() == 0 and view.ends(idx=3)
     assert not view.page.evaluate("Object.keys(sessionStorage).filter(name => name.startsWith('edit:')).length")
     act(2, ('button', 'Previous'))
     assert view.until('two', idx=3).text(2) == old
@@ -5354,6 +5354,7 @@ def test_a_person_edits_walks_regenerates_and_forks(view, upstream):
     assert view.until('three', idx=3).text(2) == new
     act(1, ('button', 'Regenerate'))
     assert view.eventually(lambda: view.bubble(1).get_by_text('2/2').count() and not view.bubble(2).count())
+    view.ends()
     view.send(upstream.says('four')).ends(idx=3)
     act(1, ('button', 'Previous'))
     assert view.until('three', idx=3).text(2) == new
