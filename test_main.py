@@ -1501,7 +1501,7 @@ def test_a_first_and_a_changed_question_are_counted_before_they_are_sent(new_sit
             for path in ('/', f'/c/{first.id}/edit?at={id_of(first, 0)}', f'/c/{first.id}'):
                 answer = me.post(path, message=f'{text} {number()}', htmx=False)
                 assert (answer.status_code == 413) == (status == 413) and (status == 200 or text in answer.text), (path, status)
-                first.ended()
+                first.tab().ends()
             assert status == 200 or 'see the actions' in answer.text
         assert 'Go on with a summary' in me.get(f'/actions/{first.id}').text
     finally: upstream.models = upstream.tokens = None
@@ -5616,8 +5616,7 @@ def test_a_draft_survives_a_reload_and_a_refusal(profile, new_site, upstream):
     assert view.eventually(elsewhere), 'it is on the server'
     view.send(upstream.says('half ', gate := Gate(), 'whole')).until('half')
     assert view.composer.input_value() == ''
-    view.send('too early')
-    view.page.wait_for_timeout(300)
+    view.send('too early').page.locator('#notice', has_text='still being written').wait_for()
     assert view.composer.input_value() == 'too early' and view.bubble(2).count() == 0
     gate.open()
     view.ends()
