@@ -114,6 +114,7 @@ def setting(default, meaning, env='', low=None, high=None, secret=False):
     return field(default=default, repr=not secret, metadata=dict(meaning=meaning, env=env, low=low, high=high))
 
 HASH = re.compile(r'scrypt:(\d{1,2}):(\d{1,2}):(\d{1,2}):([0-9a-f]{32}):([0-9a-f]{64})')  # log2 n, r, p, salt, hash
+LOUDEST = 1_024  # bytes of a password
 
 @dataclass(frozen=True)
 class Settings:
@@ -166,7 +167,8 @@ class Settings:
     max_header_bytes: int = setting(32_768, 'the longest head of a request', low=4_096, high=1_000_000)
     max_frame_chars: int = setting(4_096, 'the longest message a page sends over a socket', low=64, high=1_000_000)
     header_seconds: float = setting(10.0, 'how long the head of a request may take', low=0.1, high=600)
-    body_seconds: float = setting(60.0, 'how long the body of a request may take', low=0.1, high=3600)
+    body_seconds: float = setting(60.0, 'how long a body may take to come, or a part of an answer to be read', low=0.1,
+                                  high=3600)
     messages_per_hour: int = setting(3_600, 'questions and retries of one person', low=1, high=1_000_000)
     conversations_per_hour: int = setting(1_800, 'new conversations of one person', low=1, high=1_000_000)
     replies_per_person: int = setting(200, 'replies of one person being written at once', low=1, high=10_000)
@@ -219,6 +221,8 @@ class Settings:
             raise SystemExit('APP_PASSWORD and APP_PASSWORD_HASH are both set: unset one of them')
         if self.app_password and len(self.app_password) < 12:
             raise SystemExit('APP_PASSWORD must have at least 12 characters')
+        if len(self.app_password.encode('utf-8', 'replace')) > LOUDEST:
+            raise SystemExit(f'APP_PASSWORD must have at most {LOUDEST:,} bytes')
         if self.app_password_hash and not HASH.fullmatch(self.app_password_hash):
             raise SystemExit('APP_PASSWORD_HASH must be what `python main.py hash` prints')
         if not self.locked and (self.fly_app_name or not self.at_home):
@@ -394,6 +398,7 @@ def verb(thread, scope=lambda conn: contextlib.nullcontext()):
             db = self.db[thread]
             waited = time.monotonic() - asked  # behind others
             db.conn.set_busy_timeout(max(1, int(1000 * (self.patience - waited))))
+            if thread == 'writes': self._look_for_file()
             with in_words(), scope(db.conn): return work(self, db, *args, **kwargs)
 
         @functools.wraps(work)
@@ -561,10 +566,11 @@ def around(text: str, query: str) -> str:
 
 # The newest matches are ranked, not all: a common word is in every second message.
 HITS = '''with found (id, rank) as materialized (
-    select rowid, bm25(said_index) from said_index where said_index match :query order by rowid desc limit 500)
+    select said_index.rowid, bm25(said_index) from said_index join message m on m.id = said_index.rowid
+    join conversation c on c.id = m.conversation
+    where said_index match :query and m.owner = :owner and c.trashed is null order by said_index.rowid desc limit 500)
 select m.id as message, m.conversation, c.title, m.role, m.created from found
 join message m on m.id = found.id join conversation c on c.id = m.conversation
-where m.owner = :owner and c.trashed is null
 order by rank / (1 + max(0, :now - m.created) / 31536000) limit :limit'''
 TITLES = '''select c.id as conversation, c.title, null as message, '' as role, c.updated as created,
     highlight(titled_index, 0, :start, :end) as snippet
@@ -731,6 +737,10 @@ def copy_database(database: Path, file: Path, without=(), spare=1_000_000) -> Pa
     finally:
         for left in part.parent.glob(part.name + '*'): left.unlink()
 
+def free_name(name: str) -> Path:
+    "The file of that name, with a number behind it if there is one."
+    return next(file for n in range(1, 10_000) if not (file := Path(f'{name}.{n}' if n > 1 else name)).exists())
+
 def restore_database(file: Path, database: Path, replace: bool) -> Path | None:
     """Put a backup in place of the database, which is kept under the name that is returned. Raises `Unusable`, and then
     nothing has changed."""
@@ -745,7 +755,7 @@ def restore_database(file: Path, database: Path, replace: bool) -> Path | None:
                 if database.exists() and not replace: raise Unusable('there is a database already: say --replace')
                 copy_database(file, part)
                 if database.exists():
-                    kept = database.with_name(f'{database.name}.{time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())}')
+                    kept = free_name(f'{database}.{time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())}')
                     for beside in ('-wal', '-shm', ''):  # first what would be taken for the new one's
                         with contextlib.suppress(FileNotFoundError):
                             Path(f'{database}{beside}').rename(f'{kept}{beside}')
@@ -761,6 +771,8 @@ def is_block(block) -> bool:
     "Whether something has the form of a content block. What else is in it may be anything."
     return isinstance(block, dict) and isinstance(block.get('type'), str) and all(
         isinstance(block.get(name, ''), str) for name in ('text', 'thinking'))
+
+CONTROLS = re.compile(r'[\s\0-\x1f\x7f-\x9f]+')
 
 def in_a_line(text, most):
     "Text in one line of `most` characters, cut between words where there are any."
@@ -796,8 +808,17 @@ class Store:
             db.conn.pragma('secure_delete', 'fast')  # a token that is deleted is in no backup either
         self.db['reads'].conn.pragma('query_only', True)
         for file in self.file.parent.glob(self.file.name + '*'): file.chmod(0o600)
+        opened = self.file.stat()
+        self.opened = opened.st_dev, opened.st_ino
         self._migrate(self.db['writes'])
         self._sweep(self.db['writes'])
+
+    def _look_for_file(self):
+        "What is written to a file that has been deleted, or moved away, goes when Parley ends. Raises `Unusable`."
+        with contextlib.suppress(OSError):
+            now = self.file.stat()
+            if (now.st_dev, now.st_ino) == self.opened: return
+        raise Unusable('the database file is not there any more')
 
     def _private_folder(self):
         folder = self.file.parent
@@ -813,9 +834,7 @@ class Store:
         version, kept = db.conn.pragma('user_version'), None
         try:
             if 0 < version < len(SCHEMA):
-                named = [self.file.with_name(f'{self.file.name}.version-{version}{more}')
-                         for more in ('', *[f'.{n}' for n in range(2, 100)])]
-                kept = copy_database(self.file, next((file for file in named if not file.exists()), named[0]))
+                kept = copy_database(self.file, free_name(f'{self.file}.version-{version}'))
             with in_words():
                 for number, step in enumerate(SCHEMA[version:], version + 1):
                     with transaction(db.conn, durable=True):
@@ -860,7 +879,7 @@ class Store:
         match after:
             case None: where, values = '', []
             case None, updated, id: where, values = 'and pinned is null and (updated, id) < (?, ?)', [updated, id]
-            case pinned, *_: where, values = 'and (pinned < ? or pinned is null)', [pinned]
+            case _: where, values = 'and (pinned is null or (pinned, updated, id) < (?, ?, ?))', [*after]
         return [as_row(row, Conversation) for row in db.q(LISTED.format(where), [owner, *values, limit])]
 
     @writes
@@ -878,7 +897,7 @@ class Store:
     @writes
     def rename(self, db, owner, conversation, title) -> Conversation:
         "A title by a person. Raises `Refused` 404, 422 blank, 413 too long."
-        title, most = re.sub(r'[\s\0-\x1f\x7f-\x9f]+', ' ', title).strip(), self.limits.max_title_chars
+        title, most = CONTROLS.sub(' ', title).strip(), self.limits.max_title_chars
         if not any(c.isprintable() and c != ' ' for c in title): raise Refused(422, 'A title needs a word or two.')
         if len(title) > most: raise Refused(413, f'This title has {len(title):,} characters; {most} are allowed.')
         db.execute('update conversation set title = ?, named = 2 where id = ?',
@@ -933,7 +952,7 @@ class Store:
         "Titles first, then messages, the best and newest first, on whatever branch. Anything may be typed."
         values = dict(query=query_of(typed), owner=owner, now=time.time(), limit=limit, start=MATCH[0], end=MATCH[1])
         if not values['query']: return []
-        titles, said = db.q(TITLES, values | {'limit': 8}), db.q(HITS, values)
+        titles, said = db.q(TITLES, values), db.q(HITS, values)
         texts = {row['id']: row['text'] for row in db.q(
             'select id, substr(content, 1, ?) as text from message where id in (select value from json_each(?))',
             [SEEN, json.dumps([hit['message'] for hit in said])])}
@@ -978,7 +997,8 @@ class Store:
     def bring_in(self, db, owner, told: dict, placed: list[int], here: dict) -> int:
         """Save what is missing of a conversation as `ours` tells it, 100 messages a call, until `placed` has the id of
         each; says how many were new. A message is the same if its parent, role and time are: `here` are those that were
-        there before. After each call the tree is whole, so nothing has to be undone if the next one fails."""
+        there before; one that has grown since then is what it has become. After each call the tree is whole, so nothing
+        has to be undone if the next one fails."""
         messages, new = told['messages'], 0
         rows = db.q('select * from conversation where id = ?', [told['id']])
         if rows and rows[0]['owner'] != owner:  # somebody else has brought in the same
@@ -992,11 +1012,16 @@ class Store:
             row = {name: value for name, value in told.items() if name not in ('messages', 'path')}
             self._insert(db, 'conversation', owner=owner, seen=time.time(), **row)
         elif not placed:
-            for row in db.q('select * from message where conversation = ? order by id desc', [told['id']]):
-                here.setdefault((row['parent'], row['role'], row['created']), []).append(row['id'])
+            for row in db.q('select id, parent, role, created, length(content) as size from message '
+                            'where conversation = ? order by id desc', [told['id']]):
+                here.setdefault((row['parent'], row['role'], row['created']), []).append((row['id'], row['size']))
+        self._room_for()
         for message in messages[len(placed):]:
             parent = None if message['parent'] is None else placed[message['parent']]
-            if same := here.get((parent, message['role'], message['created'])): placed.append(same.pop())
+            if same := here.get((parent, message['role'], message['created'])):
+                id, size = same.pop()
+                placed.append(id)
+                new += len(message['content']) > size and self._grow(db, id, message)
             else:
                 for file in message.get('blocks', ()):  # of a file whose bytes are not here only the name is kept
                     if file['type'] != 'file' or db.q(f'select 1 {MINE}', [file['sha'], owner]): continue
@@ -1013,13 +1038,25 @@ class Store:
                        [placed[path[-1]], told['updated'], told['id']])
         return new
 
+    def _grow(self, db, id, message) -> bool:
+        "What an export of a later moment says of a message, if it begins with what is here."
+        kept = ('content', 'blocks', 'status', 'note', 'meta', 'ended')
+        row = {name: message[name] for name in kept if name in message}
+        db.execute(f'''update message set {', '.join(f'{name} = :{name}' for name in row)} where id = :id
+            and status <> 'streaming' and substr(:content, 1, length(content)) = content''',
+            {'id': id} | {name: json.dumps(value) if name in JSON_COLUMNS else value
+                                             for name, value in row.items()})
+        return bool(db.conn.changes())
+
     @reads
-    def message(self, db, owner, conversation, idx, id=None) -> Message | None:
+    def message(self, db, owner, conversation, idx, id=None) -> Message:
         "The message of depth `idx` on the current path, or on the one to the message `id`. Raises `Refused` 404."
         leaf = id and self._message(db, owner, conversation, id).id
         first = max(0, min(idx, 2**31))  # a number from outside may be of any size
         path = self._path(db, owner, conversation, first, first + 1, leaf)
-        return next((m for m in path if m.idx == idx), None)
+        for message in path:
+            if message.idx == idx: return message
+        raise Refused(404, NO_MESSAGE)
 
     @reads
     def sent(self, db, owner, conversation, text, key) -> tuple[Message, Message] | None:
@@ -1182,6 +1219,7 @@ class Store:
         Returns its question, it, and whether it is new, as `ask` does. Raises `Refused` 404 and 409 likewise."""
         reply = self._keyed(db, owner, conversation, key) if key else None
         if reply and reply.role == 'assistant': return self._row(db, reply.parent), reply, False
+        self._room_for()
         leaf = self._free_leaf(db, owner, conversation)
         if at is not None: leaf = self._message(db, owner, conversation, at)
         question = leaf if leaf.role == 'user' else self._row(db, leaf.parent)
@@ -1213,6 +1251,7 @@ class Store:
         Raises `Refused`: 404 no such message, 409 it is still being written."""
         old, last = self._conversation(db, owner, conversation), self._message(db, owner, conversation, at)
         if last.status == RUNNING: raise Refused(409, STILL_WRITING)
+        self._room_for()
         new, now, leaf = secrets.token_urlsafe(12), time.time(), None
         row = vars(old) | dict(id=new, created=now, updated=now, seen=now, pinned=None, trashed=None)
         del row['running']
@@ -1479,6 +1518,10 @@ def files_in(file, limits: Settings) -> Iterator[tuple[str, str, bytes]]:
 def objects(part) -> Iterator[dict]:
     "The objects of a JSON array, one at a time, or the one object that there is. Raises `ValueError`."
     def no(constant): raise ValueError(constant)
+    def ended(at):
+        rest = text[at:]
+        while not rest.strip() and (rest := stream.read(1 << 20)): pass
+        if rest.strip(): raise json.JSONDecodeError('There is more behind it', '', 0)
     stream, decode = io.TextIOWrapper(part, 'utf-8-sig'), json.JSONDecoder(parse_constant=no).raw_decode
     text = stream.read(1 << 16).lstrip()
     many, gap = text[:1] == '[', re.compile(r'[\s,]*')
@@ -1486,7 +1529,7 @@ def objects(part) -> Iterator[dict]:
     try:
         while True:
             at = gap.match(text, at).end()
-            if many and text[at:at + 1] == ']': return
+            if many and text[at:at + 1] == ']': return ended(at + 1)
             try:
                 if text[at:at + 1] not in ('{', ''): raise TypeError
                 value, at = decode(text, at)
@@ -1497,7 +1540,7 @@ def objects(part) -> Iterator[dict]:
                 if len(text) <= LONGEST_CONVERSATION: continue
                 raise Refused(413, 'There is a conversation in it that is too long to be read.') from None
             yield value
-            if not many: return
+            if not many: return ended(at)
     finally: stream.detach()
 
 def moment(value, otherwise=None) -> float | None:
@@ -1531,7 +1574,8 @@ def ours(told: dict, owner: str) -> dict:
         if type(m['id']) is not int or m['id'] != n: raise Refused(422, 'Two messages in this file have the same id.')
         if parent is not None and (type(parent) is not int or not 0 <= parent < n):
             raise Refused(422, 'A message in this file follows one that is not before it.')
-        if m['role'] not in ROLES or not all(map(is_block, m.get('blocks', ()))): raise TypeError
+        if m['role'] not in ROLES or parent is None and m['role'] != 'user': raise TypeError
+        if not all(map(is_block, m.get('blocks', ()))): raise TypeError
         for file in message.get('blocks', ()):
             if file['type'] != 'file': continue
             if not isinstance(file['name'], str) or file['kind'] not in (*BEGINS, PLAIN_TEXT): raise TypeError
@@ -1539,7 +1583,8 @@ def ours(told: dict, owner: str) -> dict:
         if m['status'] not in OVER: message |= {'status': 'interrupted', 'ended': message['created']}
         messages.append(message | {'parent': parent, 'idx': 0 if parent is None else messages[parent]['idx'] + 1})
     told = told | {'choices': carried(told['choices'])}  # a file switches no server on
-    return checked(told, Conversation) | with_path(id, messages, messages and told['messages'][-1]['id'])
+    found = checked(told, Conversation) | with_path(id, messages, messages and told['messages'][-1]['id'])
+    return found | {'title': in_a_line(CONTROLS.sub(' ', found['title']), 200) or 'Untitled'}
 
 def with_path(id, messages, leaf) -> dict:
     path = [leaf] if messages else []
@@ -1667,6 +1712,9 @@ def sift(file, size, out, owner, limits: Settings, state: Import) -> int:
                     case {'mapping': _}: read = from_chatgpt
                     case _: raise Refused(422, 'This is no export of Parley, Claude or ChatGPT that can be read.')
                 found = read(told, owner)
+                if len(found.get('choices', {}).get('system', '')) > limits.max_system_chars:
+                    raise Refused(413, 'There is a system prompt in this file with more than the '
+                                       f'{limits.max_system_chars:,} characters that are allowed.')
                 line = unbroken(json.dumps(found, ensure_ascii=False, allow_nan=False)).encode() + b'\n'
                 mark = hashlib.sha256(line).digest()
                 if seen.setdefault(found['id'], mark) != mark:
@@ -1691,6 +1739,7 @@ async def take_in(store: Store, owner: str, file, size: int, state: Import):
         with tempfile.TemporaryFile(dir=store.file.parent) as lines:
             count = await asyncio.to_thread(sift, file, size, lines, owner, store.limits, state)
             lines.seek(0)
+            while await store.sweep(): pass  # what was deleted for ever is not here already
             files = files_in(file, store.limits)
             while found := await asyncio.to_thread(next, files, None): await store.keep_file(owner, *found)
             for n in range(count):
@@ -2270,6 +2319,8 @@ class Claude:
                     said = True
                     if isinstance(event, Whole) and event.block['type'] == 'mcp_tool_result':
                         event = Whole(json.loads(self._without_secrets(json.dumps(event.block), request)))
+                    if isinstance(event, Ended):
+                        event = replace(event, note=self._without_secrets(event.note, request))
                     yield event
                 return
             except Exception as error:  # noqa: BLE001 the SDK, the HTTP client and the parser share no base
@@ -3607,7 +3658,7 @@ def Walk(message):
 
 def Editor(message):
     "A question that is being changed, at its place."
-    back = fragment.to(conversation_id=message.conversation, idx=message.idx)
+    back = asking_for(message)
     return Article(
         H2('You', cls='unseen'),
         BranchForm(f'{edit.to(conversation_id=message.conversation)}?at={message.id}', message, Key(id=None),
@@ -3694,10 +3745,10 @@ def steps_of(blocks):
     return steps
 
 def left_open(steps) -> list[Step]:
-    "The calls that are without a result when their reply is over: none will come."
-    left = [step for step in steps if step.result is None and step.block['type'].endswith('tool_use')]
-    for step in left: step.result = {}
-    return left
+    "What is not closed when its reply is over: calls without a result, none will come, and a thought."
+    calls = [step for step in steps if step.result is None and step.block['type'].endswith('tool_use')]
+    for step in calls: step.result = {}
+    return calls + [step for step in steps if step.block.pop('open', None)]
 
 def cut(text): return text if len(text) <= LONGEST_STEP else text[:LONGEST_STEP] + ' … (cut)'
 def in_json(value):
@@ -3792,15 +3843,17 @@ def Bubble(message, shown, notice='', steps=None, **live):
         State(message, notice), Actions(message), id=f'msg-{message.idx}', cls='message' + ' summary' * summary,
         data_role='note' if summary and message.role == 'user' else message.role, data_status=message.status, **live)
 
+def asking_for(message):
+    return f'{fragment.to(conversation_id=message.conversation, idx=message.idx)}?at={message.id}'
+
 def streaming_message_bubble(msg_idx, conversation_id, message, shown='', steps=None):
     "The bubble of a reply that is being written: its socket brings the rest."
     return Bubble(message, shown, steps=steps, hx_ext='ws', ws_connect=f'/ws/chat/{conversation_id}/{msg_idx}',
-                  data_poll=fragment.to(conversation_id=conversation_id, idx=msg_idx))
+                  data_poll=asking_for(message))
 
 def PollingBubble(message, shown, steps=None):
     "The same where WebSockets are blocked: it asks for itself once a second until it is over."
-    place = fragment.to(conversation_id=message.conversation, idx=message.idx)
-    return Bubble(message, shown, steps=steps, hx_get=place, hx_trigger='every 1s', hx_swap='outerHTML')
+    return Bubble(message, shown, steps=steps, hx_get=asking_for(message), hx_trigger='every 1s', hx_swap='outerHTML')
 
 def Reply(message, shown, steps=None):
     "A message as it is now: live while it is being written, plain when it is over."
@@ -3926,17 +3979,18 @@ class Shelf:
     "The typeset content of finished messages, as much of it as `room` characters hold: nothing is typeset twice."
     def __init__(self, room=16_000_000): self.room, self.html = room, {}
 
-    def put(self, id, html):
-        self.room += len(self.html.pop(id, '')) - len(html)
-        self.html[id] = html
+    def put(self, message, html):
+        place = message.id, message.created  # what is deleted for ever leaves its id to another
+        self.room += len(self.html.pop(place, '')) - len(html)
+        self.html[place] = html
         while self.room < 0: self.room += len(self.html.pop(next(iter(self.html))))
 
     async def content(self, message) -> str:
-        if (html := self.html.get(message.id)) is not None: return html
+        if (html := self.html.get((message.id, message.created))) is not None: return html
         typeset = render_user if message.role == 'user' else lambda text: ''.join(render(text))
         quick = len(message.content) < 1_000 and not may_have_code(message.content)
         html = typeset(message.content) if quick else await asyncio.to_thread(typeset, message.content)
-        if message.status != RUNNING: self.put(message.id, html)
+        if message.status != RUNNING: self.put(message, html)
         return html
 
 def Key(id='key', **attrs): return Input(type='hidden', id=id, name='key', value=secrets.token_urlsafe(12), **attrs)
@@ -5152,7 +5206,8 @@ async function save() {
   saving = false;
   unsaved = 0;
   if (text !== box.value) later();
-  else if (!(got?.status < 500)) later(5000);
+  else if (!got?.ok) later(5000);
+  if (got?.status === 401) location.reload(); // with what is typed: it is there again after the login
 }
 function later(wait = 600) { if (!saving) unsaved ||= setTimeout(save, wait); }
 addEventListener('pagehide', () => { // a reload may come back before this has arrived: it finds the text in the tab
@@ -5210,7 +5265,11 @@ on('htmx:beforeSwap', e => { // a change of branch is answered by all that follo
   remove($$(`#${target.id} ~ .message`));
 });
 composer.addEventListener('htmx:afterRequest', e => {
-  if (e.detail.xhr.status < 200 || e.detail.xhr.status >= 300) return sent = null;
+  if (e.detail.xhr.status < 200 || e.detail.xhr.status >= 300) {
+    sent = null;
+    unsaved ||= e.detail.xhr.status === 401; // htmx goes to the login
+    return;
+  }
   emptied();
   const reply = $$('.message').at(-1);
   if (reply && reply.dataset.status !== 'streaming') over(reply); // it was over before it could be shown
@@ -5312,6 +5371,7 @@ function find() {
   choices.replaceChildren(...found.map(([el, name, kind], n) => {
     const option = document.createElement('li');
     option.dataset.kind = kind;
+    if (el.pathname) option.dataset.at = el.pathname;
     return Object.assign(option, { id: 'choice-' + n, role: 'option', textContent: name, act: () => el.click() });
   }), ...hits);
   pick(choices.firstChild);
@@ -5319,7 +5379,7 @@ function find() {
 on('htmx:beforeSwap', e => { if (e.detail.target === choices) remove($$('.hit', choices)); });
 on('htmx:afterSwap', e => {
   if (e.detail.target !== choices) return;
-  const listed = new Set($$('#conversations a').map(a => a.pathname));
+  const listed = new Set($$('[data-at]', choices).map(option => option.dataset.at));
   if (!query.value.trim() || !$('#palette').open) remove($$('.hit', choices));
   remove($$('.hit:not([data-message])', choices).filter(hit => listed.has(hit.dataset.to)));
   if (!picked()) pick(choices.firstChild);
@@ -5433,7 +5493,7 @@ TYPED, CARRYING = 'application/x-www-form-urlencoded', 'multipart/form-data'
 FORM = re.compile(rf'''{TYPED}(; ?charset="?utf-8"?)?|{CARRYING}; ?boundary=("?)[\w'()+,./:=?-]{{1,70}}\2''',
                   re.IGNORECASE)
 REQUEST = contextvars.ContextVar('the id of the request that is being answered', default=None)
-SMALL, LOUDEST = 65_536, 1_024  # bytes that a stranger may send freely; bytes of a password
+SMALL = 65_536  # bytes that a stranger may send freely
 
 def scrypt(password: bytes, salt: bytes, log_n=15, r=8, p=3) -> str:
     "A password as it may be kept: each guess costs 32 MB and 0.4 s (OWASP's Password Storage Cheat Sheet)."
@@ -5602,7 +5662,7 @@ class Door:
         token = HTTPConnection(scope).cookies.get(self.cookie(scope), '')
         session = self.sessions.get(self.sign('session', token))
         if not session or self.left(session) <= 0: return None
-        if abs(self.clock() - session.seen) > 600:
+        if abs(self.clock() - session.seen) > min(600, self.settings.session_idle_days * DAY / 10):
             session.seen = self.clock()
             self.saving = asyncio.create_task(self.save(session))
         return session
@@ -5735,7 +5795,8 @@ async def files_of(req: Request) -> list[dict]:
         except Refused as no: refusals.append(no)
     req.state.files = found[:most]
     if len(found) > most: refusals.append(Refused(413, f'{most} files can go with one message.'))
-    if refusals: raise Refused(refusals[0].status, ' '.join(no.words for no in refusals))
+    if refusals:
+        raise Refused(refusals[0].status, ' '.join(no.words for no in refusals), retry_after=refusals[0].retry_after)
     return found
 
 async def bubble(req, message, make=Reply):
@@ -5841,7 +5902,7 @@ async def listed(req):
     asked, after = req.query_params, None
     with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
         pinned, updated, id = json.loads(asked.get('after', ''))
-        if 0 <= float(updated) < 1e11:
+        if 0 <= float(updated) < LAST_DAY:
             after = pinned if pinned is None else float(pinned), float(updated), unbroken(str(id))
     count = asked.get('count', '')
     limit = max(50, min(500, int(count))) if re.fullmatch(r'\d{1,6}', count) else 50
@@ -5996,15 +6057,13 @@ async def as_written(req, conversation_id: str, idx: int):
     """One message, to the letter; shown as text, not downloaded, so that without a script it can be copied too. `?at=`
     is its id, for a page that shows another branch than the last that was chosen."""
     message = await parley(req).store.message(owner(req), conversation_id, idx, req.query_params.get('at'))
-    if not message: raise Refused(404, NO_MESSAGE)
     return PlainTextResponse(message.content)
 
 @rt.get('/c/{conversation_id}/{idx}')
 async def fragment(req, conversation_id: str, idx: int):
-    "One message by itself, for a bubble that polls."
-    message = await parley(req).store.message(owner(req), conversation_id, idx)
-    if not message: raise Refused(404, NO_MESSAGE)
-    if not by_htmx(req): return RedirectResponse(f'{show.to(conversation_id=conversation_id)}#msg-{idx}', 303)
+    "One message by itself, for a bubble that polls. `?at=` as above."
+    message = await parley(req).store.message(owner(req), conversation_id, idx, req.query_params.get('at'))
+    if not by_htmx(req): return await branch(req, conversation_id, idx)
     return await bubble(req, message, PollingBubble if message.status == RUNNING else Bubble)
 
 @rt.post('/c/{conversation_id}')
@@ -6192,7 +6251,8 @@ async def bring(req):
     "Read a file that came; what takes more than a moment goes on by itself, and the page asks how far it is."
     file, imports = (await req.form()).get('file'), parley(req).imports
     if not getattr(file, 'size', 0): raise Refused(422, 'Choose a file that is not empty.')
-    if (now := imports.get(owner(req))) and not now.status: raise Refused(429, 'Wait: another file is still coming in.')
+    if (now := imports.get(owner(req))) and not now.status:
+        raise Refused(429, 'Wait: another file is still coming in.', retry_after=10)
     now = imports[owner(req)] = Import()
     now.task = asyncio.create_task(take_in(parley(req).store, owner(req), file.file, file.size, now))
     now.task.add_done_callback(lambda _: parley(req).turns.lists[owner(req)].tell())
@@ -6354,7 +6414,7 @@ async def watch(ws, conversation_id, msg_idx):
     place = owner(ws), conversation_id, idx, ws.query_params.get('at')
     try:
         message = await here.store.message(*place)
-        if not message or message.role != 'assistant': return await ws.close(4404)
+        if message.role != 'assistant': return await ws.close(4404)
         if turn := here.turns.find(message): await follow(ws, LiveReply.of(turn))
         else:
             message = await here.store.message(*place)
@@ -6374,7 +6434,7 @@ async def follow(ws, live):
     async for _ in live.turn.follow():
         cursor, frame = await live.now(functools.partial(live.since, cursor))
         if frame: await ws.send_text(frame)
-    parley(ws).shelf.put(live.turn.reply.id, live.html())
+    parley(ws).shelf.put(live.turn.reply, live.html())
 
 # %% [markdown]
 # ## 11 App
@@ -6409,13 +6469,16 @@ def create_app(settings: Settings, http: httpx2.AsyncClient | None = None) -> Do
     return door
 
 class Connection(HttpToolsProtocol):
-    "uvicorn's, but the head of a request must come in time and end: its own waits for ever, for any number of bytes."
+    """uvicorn's, but what has no end there has one here: a head, what follows a body (trailers, of any number and
+    length), silence after an answer, answers that nobody reads, requests that are sent before the answer is there."""
     def connection_made(self, transport):
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # so that whatever waits to be read is known of
+        self.unread, self.cycles = None, []
         self.await_head()
 
     def await_head(self):
-        self.head, limit = 0, self.config.app.settings.header_seconds
+        self.unsaid, limit = 0, self.config.app.settings.header_seconds  # bytes since the last that said something
         self.late = self.loop.call_later(limit, self.transport.close)
 
     def on_message_begin(self):
@@ -6425,19 +6488,36 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self):
         self.late.cancel()
-        self.head = None
+        self.unsaid = 0
         size = len(self.url) + sum(len(part) for pair in self.headers for part in pair)
-        if size > self.config.app.settings.max_header_bytes: raise ValueError  # a 400
+        if size > self.config.app.settings.max_header_bytes or len(self.pipeline) > 16: raise ValueError  # a 400
+        if self.parser.should_upgrade(): self.transport.set_write_buffer_limits()  # a socket has rules of its own
         super().on_headers_complete()
+        self.cycles = [cycle for cycle in (*self.cycles, self.cycle) if cycle and not cycle.response_complete]
+
+    def on_body(self, body):
+        self.unsaid = 0
+        super().on_body(body)
 
     def data_received(self, data):
+        self.unsaid += len(data)
         super().data_received(data)
-        if self.head is None: return
-        self.head += len(data)
-        if self.head > self.config.app.settings.max_header_bytes: self.send_400_response('Too long a head.')
+        if self.transport.is_closing() or self.transport.get_protocol() is not self: return
+        if self.unsaid > self.config.app.settings.max_header_bytes: self.send_400_response('Too long a head.')
+        elif self.late.cancelled() and (not self.cycle or self.cycle.response_complete): self.await_head()
+
+    def pause_writing(self):
+        super().pause_writing()
+        self.unread = self.loop.call_later(self.config.app.settings.body_seconds, self.transport.abort)
+
+    def resume_writing(self):
+        super().resume_writing()
+        self.unread.cancel()
 
     def connection_lost(self, error):
         self.late.cancel()
+        if self.unread: self.unread.cancel()
+        for cycle in self.cycles: cycle.disconnected = True  # uvicorn tells the last of them
         super().connection_lost(error)
 
 def serving(app: Door) -> uvicorn.Config:
@@ -6471,7 +6551,8 @@ class JsonLines(logging.Formatter):
 def new_hash():
     "A password, typed or piped in but never an argument, which others on the machine could read, as it may be kept."
     password = typed_bytes(getpass('Password: ') if sys.stdin.isatty() else sys.stdin.readline())
-    if not 12 <= len(password.decode()) <= LOUDEST: raise SystemExit('a password has at least 12 characters')
+    if len(password.decode()) < 12 or len(password) > LOUDEST:
+        raise SystemExit(f'a password has at least 12 characters and at most {LOUDEST:,} bytes')
     print(scrypt(password, secrets.token_bytes(16)))
 
 def command(name, *words):

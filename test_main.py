@@ -833,6 +833,22 @@ def test_the_index_follows_every_change_and_can_be_made_anew(library):
     asyncio.run(library.reindex())
     assert [search(library, typed) for typed, _ in FOUND[:30]] == before
 
+def test_what_is_in_the_trash_or_of_another_crowds_nothing_out(tmp_path):
+    store = main.Store(tmp_path / 'p.db')
+    async def fill():
+        question, _, _ = await store.ask('me', None, 'a zebra', None, 'm')
+        for owner in ('me', 'other'):
+            messages = [{'id': n, 'parent': n - 1 if n else None, 'role': 'assistant' if n % 2 else 'user', 'created': float(n),
+                         'content': 'zebra', 'status': 'done', 'note': '', 'model': '', 'ended': 1.0} for n in range(600)]
+            told = main.ours(with_field(id=owner) | {'messages': messages}, owner)
+            await store.bring_in(owner, told, placed := [], before := {})
+            while len(placed) < 600: await store.bring_in(owner, told, placed, before)
+        await store.trash('me', 'me')
+        return question
+    question = asyncio.run(fill())
+    assert [hit.message for hit in search(store, 'zebra') if hit.message] == [question.id]
+    store.close()
+
 # ---- Store: in and out ----------------------------------------------------------------------------------------------
 
 def bring(me, data, name='conversations.json'):
@@ -984,7 +1000,7 @@ def test_what_is_in_the_trash_stays_there_and_what_is_of_somebody_else_is_not_to
     site = new_site(tmp_path)
     chat = site.person().ask(upstream.says('mine')).over()
     told = chat.person.get(f'/c/{chat.id}.json').content
-    python(CHANGE, site.db, 'update conversation set trashed = 5')
+    python(CHANGE, site.db, 'update conversation set trashed = unixepoch()')
     me = chat.person
     assert bring(me, told).endswith('1 was here already.') and chats(me) == []
     python(CHANGE, site.db, "update conversation set owner = 'somebody else'")
@@ -1083,6 +1099,56 @@ def test_a_zip_with_a_huge_table_of_contents_is_not_read(careful):
     end = bomb[at:at + 12] + struct.pack('<II', len(table), 0) + b'\0\0'
     assert main.LONGEST_TABLE < len(table)
     with pytest.raises(main.Refused, match='more files'): list(main.parts_of(io.BytesIO(b'PK\3\4' + table + end), 10**9))
+
+def test_what_was_deleted_for_ever_comes_in_again(new_site):
+    me = new_site().person()
+    told = [with_field(id=f'again{n}') for n in range(300)]
+    assert bring(me, told).startswith('300 conversations')
+    me.post('/trash/all'), me.post('/trash/empty')
+    assert bring(me, told).startswith('300 conversations') and len(chats(me)) == 300
+
+def test_what_has_grown_since_it_was_brought_in_grows(archive):
+    me = archive.person()
+    told = [with_message(), with_message(status='streaming', role='assistant', id=1, parent=0, content='the begin')]
+    told = told[0] | {'id': 'grown', 'messages': told[0]['messages'] + told[1]['messages']}
+    assert bring(me, told) == '1 conversation with 2 messages came in.'
+    assert me.get('/c/grown.json').json()['messages'][1]['status'] == 'interrupted'
+    told['messages'][1] |= {'status': 'done', 'content': 'the beginning and the end', 'note': ''}
+    assert bring(me, told) == '1 conversation with 1 message came in.'
+    assert path_of(me.get('/c/grown.json').json()) == [('user', 'x'), ('assistant', 'the beginning and the end')]
+    assert 'beginning' in me.get('/search?q=beginning').text and bring(me, told).startswith('0 conversations')
+    told['messages'][1]['content'] = 'the beg'
+    assert bring(me, told).startswith('0 conversations') and 'and the end' in me.get('/c/grown.json').text
+
+@pytest.mark.parametrize('behind', ['{}', 'x', ']', '[{}]', '\n' * 3_000_000 + '{}'])
+def test_what_comes_after_the_end_of_a_file_is_not_passed_over(archive, behind):
+    me = archive.person()
+    for told in (with_field(id='behind'), [with_field(id='behind')]):
+        assert 'no valid JSON' in bring(me, json.dumps(told).encode() + b'\n' + behind.encode())
+    assert me.get('/c/behind.json').status_code == 404
+
+def test_titles_and_system_prompts_of_a_file_have_the_limits_of_those_that_are_typed(archive):
+    me = archive.person()
+    for n, (title, shown) in enumerate([('', 'Untitled'), ('a\nb\0c\x1b', 'a b c'), ('t' * 3_000_000, 't' * 199 + '…')]):
+        bring(me, with_field(id=f'named{n}', title=title))
+        assert me.get(f'/c/named{n}.json').json()['title'] == shown
+    assert '20,000' in bring(me, with_field(id='loud', choices={'system': 's' * 20_001}))
+    assert me.get('/c/loud.json').status_code == 404
+
+def test_a_tree_does_not_begin_with_an_answer(archive):
+    assert 'Nothing came in' in bring(archive.person(), with_message(role='assistant'))
+
+@pytest.mark.parametrize('field, value', [('pinned', 5.0), ('updated', 1.5e11)])
+def test_pages_of_the_list_lead_to_each_conversation(new_site, field, value):
+    me = new_site().person()
+    bring(me, [with_field(id=f'p{n}', **{field: value}) for n in range(130)])
+    found, place = set(), '/list'
+    for _ in range(4):
+        page = me.get(place, **{'HX-Request': 'true'}).text
+        found |= set(re.findall(r'/c/(p\d+)', page))
+        if not (more := re.search(r'(/list\?after=[^"&]+)', page)): break
+        place = html.unescape(more[1])
+    assert len(found) == 130
 
 @pytest.mark.parametrize('name', [f'files/{"0" * 64}', 'conversations.json', 'some.json'])
 @pytest.mark.parametrize('method, why', [(zipfile.ZIP_DEFLATED, 'damaged'), (zipfile.ZIP_BZIP2, 'unusual'), (zipfile.ZIP_LZMA, 'unusual')])
@@ -2856,7 +2922,9 @@ def test_a_hundred_megabytes_are_refused_early(desk):
 
 def test_files_are_paced(new_site):
     me = new_site(files_per_hour=1).person()
-    assert attached(me, pixels()) and upload(me, pixels()).status_code == 429
+    assert attached(me, pixels())
+    answer = upload(me, pixels('another.png', 8))
+    assert answer.status_code == 429 and int(answer.headers['Retry-After']) > 3_000
 
 def test_without_a_script_files_go_with_the_message_and_nothing_is_lost(desk):
     me = desk.person()
@@ -3490,7 +3558,7 @@ HASHED = main.scrypt(PASSWORD.encode(), bytes(16), log_n=4)
     ({'APP_PASSWORD': 'canary'}, 'APP_PASSWORD'), ({'FLY_APP_NAME': 'x'}, 'APP_PASSWORD'),
     ({'APP_PASSWORD_HASH': 'canary'}, 'APP_PASSWORD_HASH'), ({'TRUSTED_PROXIES': 'canary'}, 'TRUSTED_PROXIES'),
     ({'APP_PASSWORD': PASSWORD, 'APP_PASSWORD_HASH': HASHED}, 'APP_PASSWORD_HASH'),
-    ({'APP_PASSWORD': 'canary\x1bcanary'}, 'APP_PASSWORD'), ({'SESSION_DAYS': 'nan'}, 'SESSION_DAYS')])
+    ({'APP_PASSWORD': 'canary\x1bcanary'}, 'APP_PASSWORD'), ({'APP_PASSWORD': 'é' * 600}, 'APP_PASSWORD'), ({'SESSION_DAYS': 'nan'}, 'SESSION_DAYS')])
 def test_a_start_that_would_be_open_ends_in_one_line_that_says_what_to_set(tmp_path, env, names):
     server = Server(tmp_path, **env)
     assert server.exit() not in (0, None)
@@ -3512,7 +3580,7 @@ def hashed(password):
                           timeout=DEADLINE, cwd=SOURCE.parent)
 
 def test_a_hash_made_on_the_command_line_opens_the_door(new_site):
-    with concurrent.futures.ThreadPoolExecutor() as pool: made, *refused = pool.map(hashed, (PASSWORD + '\n', 'short\n', ''))
+    with concurrent.futures.ThreadPoolExecutor() as pool: made, *refused = pool.map(hashed, (PASSWORD + '\n', 'short\n', '', 'é' * 600))
     kept = made.stdout.strip()
     assert kept.startswith('scrypt:15:8:3:') and made.returncode == 0 and PASSWORD not in made.stdout + made.stderr
     house = new_site(app_password_hash=kept)
@@ -4070,6 +4138,53 @@ def test_a_head_must_end_and_in_time(new_site):
     gate.open()
     assert tab.ends().text == 'half more'
 
+CHUNKED = 'Transfer-Encoding: chunked'
+
+@pytest.fixture(scope='module')
+def prompt(new_site): return new_site(header_seconds=.3, body_seconds=.5)
+
+def wired(site, *lines, more=b'', **options):
+    "A connection that sent one request and has the beginning of its answer, unless it is not to be read."
+    wire = socket.socket()
+    wire.settimeout(DEADLINE)
+    if 'room' in options: wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options['room'])
+    wire.connect(('127.0.0.1', urlsplit(site.url).port))
+    head = [lines[0] + ' HTTP/1.1', f'Host: {urlsplit(site.url).netloc}', f'Origin: {site.url}', *lines[1:]]
+    wire.sendall('\r\n'.join([*head, '', '']).encode() + more)
+    return wire
+
+@pytest.mark.parametrize('lines, more', [(('GET /healthz',), b'\r\n'), (('POST /', 'Content-Length: 10000000000'), b'x'),
+                                         (('GET /healthz', CHUNKED), b'5'), (('POST /', CHUNKED), b'0\r\nX')])
+def test_what_is_begun_after_an_answer_or_a_body_must_end_in_time(prompt, lines, more):
+    with wired(prompt, *lines) as wire:
+        if lines != ('POST /', CHUNKED): assert wire.recv(4096).startswith(b'HTTP/1.1 ')
+        wire.sendall(more)
+        with contextlib.suppress(ConnectionError):
+            while wire.recv(65536): pass
+
+@pytest.mark.parametrize('lines, more', [
+    (('POST /', CHUNKED), b'0\r\n'), (('GET /healthz', CHUNKED), b'0\r\n'), (('POST /', CHUNKED), b'1;')])
+@pytest.mark.parametrize('flood', [b'X: y\r\n' * 8_000, b'x' * 64_000], ids=['many', 'one'])
+def test_no_end_of_trailers_or_extensions_is_collected(prompt, lines, more, flood):
+    with wired(prompt, *lines, more=more + b'X: y' * (more == b'0\r\n')) as wire, pytest.raises(ConnectionError):
+        for _ in range(200): wire.sendall(flood)
+
+def test_answers_that_nobody_reads_are_given_up(prompt):
+    sheet = re.search(r'/assets/[^"]+\.js', prompt.person().get('/').text)[0]
+    with wired(prompt, f'GET {sheet}', room=4096) as wire:
+        ask = f'GET {sheet} HTTP/1.1\r\nHost: {urlsplit(prompt.url).netloc}\r\n\r\n'.encode()
+        def hung_up():
+            try: wire.sendall(ask)
+            except OSError: return True
+        assert eventually(hung_up)
+
+def test_many_requests_at_once_on_one_connection_are_refused(prompt):
+    ask = f'GET /healthz HTTP/1.1\r\nHost: {urlsplit(prompt.url).netloc}\r\n\r\n'.encode()
+    heard = b''
+    with wired(prompt, 'GET /healthz', more=ask * 100) as wire, contextlib.suppress(ConnectionError):
+        while part := wire.recv(65536): heard += part
+    assert heard.count(b'HTTP/1.1 200') < 20
+
 @pytest.mark.parametrize('lines', [
     ['GET / HTTP/1.1', 'Host: localhost', 'Content-Length: 3', 'Transfer-Encoding: chunked'], ['FOO / HTTP/1.1',
         'Host: localhost'],
@@ -4171,6 +4286,30 @@ def test_a_nearly_full_disk_refuses_questions_and_keeps_the_text(new_site):
     answer = me.post('/', htmx=False, message='kept text')
     assert answer.status_code == 503 and 'nearly full' in answer.text and kept_in(answer) == 'kept text' and may_enter(me)
     assert me.get('/healthz').status_code == 200
+
+def test_a_nearly_full_disk_refuses_whatever_writes_much(new_site, tmp_path, upstream):
+    first = new_site(tmp_path)
+    chat = first.person().ask(upstream.says('one')).over()
+    at = id_of(chat, 1)
+    first.stop()
+    me = new_site(tmp_path, min_free_bytes=10**15).person()
+    for path in ('retry', f'fork?at={at}'):
+        answer = me.post(f'/c/{chat.id}/{path}', at=at)
+        assert answer.status_code == 503 and 'nearly full' in answer.text, path
+    assert 'nearly full' in bring(me, with_field(id='more'))
+
+def test_where_the_database_was_taken_away_nothing_is_accepted_and_when_it_is_back_all_is_well(new_site, upstream):
+    site = new_site()
+    me = site.person()
+    chat = me.ask('before').over()
+    away = site.db.rename(site.db.with_name('away'))
+    answer = me.post(f'/c/{chat.id}', htmx=False, message='kept text')
+    assert answer.status_code == 503 and 'not there any more' in answer.text and kept_in(answer) == 'kept text'
+    assert me.get('/healthz').status_code == 503 and 'before' in chat.page(), 'what is open can still be read'
+    site.db.write_bytes(b'')
+    assert me.post('/', message='x').status_code == 503, 'another file is not ours'
+    away.rename(site.db)
+    assert me.post(f'/c/{chat.id}', message='after').status_code == 200 and me.get('/healthz').status_code == 200
 
 def test_one_signs_in_and_out_while_the_database_is_read_only(start):
     "FI-16 as far as the Door goes: a session that can't be kept ends with the process, and says so to nobody."
@@ -4493,6 +4632,31 @@ def test_everything_is_deleted_and_undone_together_and_the_trash_is_emptied_on_p
     me.post('/trash/empty'), me.post(f'/trash/{chats[2].id}/delete')
     assert eventually(lambda: rows(site.db, 'select count(*) from conversation') == [[2]])
     assert chats[2].page() and rows(site.db, 'select count(distinct conversation) from message') == [[2]]
+
+def test_the_words_of_what_was_deleted_are_not_shown_in_place_of_others(new_site):
+    site = new_site()
+    me = site.person()
+    chat = me.ask('the secret question').over()
+    assert 'the secret question' in chat.page()
+    ids = rows(site.db, 'select id from message')
+    chat.post('/delete'), me.post('/trash/empty')
+    assert eventually(lambda: rows(site.db, 'select count(*) from message') == [[0]])
+    other = me.ask('something else').over()
+    assert rows(site.db, 'select id from message') == ids and 'secret' not in other.page()
+    assert 'something else' in other.page()
+
+def test_a_bubble_that_polls_and_an_edit_that_is_cancelled_get_their_own_message(me, upstream):
+    chat = me.ask(upstream.says('first', HANG))
+    poll = Page(chat.page()).root.find('msg-1').attrs['data-poll']
+    chat.watch().until('first')
+    back = re.search(r'href="(/c/[^"]+)"[^>]*>Cancel', me.get(f'/c/{chat.id}?edit={id_of(chat, 0)}').text)[1]
+    chat.post('/stop')
+    chat.tab().ends()
+    me.post(f'/c/{chat.id}/edit?at={id_of(chat, 0)}', message=upstream.says('second'))
+    chat.tab().ends()
+    there = {'HX-Request': 'true'}
+    assert 'first' in me.get(poll, **there).text and 'second' not in me.get(poll, **there).text
+    assert 'first' not in me.get(back, **there).text and me.get(back).headers['Location'].endswith('?from=0#msg-0')
 
 def test_what_is_deleted_while_the_trash_is_looked_at_is_seen_there_at_once(me, upstream):
     chat, there = me.ask('thrown away'), {'HX-Current-URL': f'{me.url}/trash?deleted=1'}
@@ -5693,6 +5857,21 @@ def test_a_send_after_the_session_ended_brings_its_text_back_after_the_login(pro
     assert view.composer.input_value() == 'typed too late'
 
 @browser_test
+def test_what_is_typed_after_the_session_ended_is_there_after_the_login(profile, new_site):
+    context = profile()
+    view = View(context, new_site(app_password=PASSWORD, **MANY).url)
+    def sign_in():
+        view.page.fill('#password', PASSWORD)
+        view.page.press('#password', 'Enter')
+        view.page.wait_for_selector('#composer')
+    sign_in()
+    context.clear_cookies()
+    view.composer.type('typed too late', delay=5)
+    view.page.wait_for_selector('#password')        # the draft could not be kept
+    sign_in()
+    assert view.composer.input_value() == 'typed too late'
+
+@browser_test
 def test_the_corpus_opens_no_dialog_asks_no_other_host_and_leaves_the_console_empty(profile, new_site, upstream):
     site = new_site()
     with socket.create_server(('127.0.0.1', 0)) as canary:
@@ -6080,6 +6259,15 @@ def test_the_palette_finds_conversations_and_actions_by_words(view, upstream):
     assert not options.count() and view.page.get_by_text('Nothing found.').is_visible()
     view.page.keyboard.press('Enter')
     assert not view.page.locator('#palette').is_visible()
+
+@browser_test
+def test_the_palette_shows_a_title_however_it_was_found(view, upstream):
+    view.send(upstream.says('one') + ' blue, “green”: a tale').ends()
+    view.page.keyboard.press('Control+k')
+    for words in ('"blue green"', 'green. tale', 'blue green'):
+        view.page.locator('#query').fill(words)
+        def found(): return view.page.locator('#choices li:not([data-message])').filter(has_text='green').count() == 1
+        assert view.eventually(found), words
 
 @browser_test
 def test_escape_closes_what_is_open_before_it_stops_the_reply(view, upstream):
