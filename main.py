@@ -743,7 +743,7 @@ def free_name(name: str) -> Path:
 
 def restore_database(file: Path, database: Path, replace: bool) -> Path | None:
     """Put a backup in place of the database, which is kept under the name that is returned. Raises `Unusable`, and then
-    nothing has changed."""
+    nothing has changed, unless it was a renaming that failed: then what was there has the name it is kept under."""
     part, kept = database.with_name(f'{database.name}.{secrets.token_hex(4)}.part'), None
     try:
         with in_words():
@@ -2674,12 +2674,13 @@ class Turns:
         "Know the models of last time at once, and begin to ask for today's."
         self.claude.learn(await self.store.known('models') or [])
         self.learner = asyncio.create_task(self._learn())
-        self.sweep()
 
     async def _learn(self):
-        "Ask for the list of models every few hours, and sooner when one failed or is not on it; never in the way."
+        """Every few hours, ask for the list of models, sooner when one failed or is not on it, and look at the trash;
+        never in the way."""
         while True:
             wait = 6 * 3600
+            self.sweep()
             self.stale.clear()
             try:
                 if listed := await self.claude.listed():
@@ -6028,13 +6029,13 @@ def depth(req, name):
 @rt.get('/c/{conversation_id}')
 async def show(req, conversation_id: str):
     if not by_htmx(req) or 'after' not in req.query_params: return await shown(req, conversation_id)
-    return await caught_up(req, conversation_id, req.query_params['after'])
+    return await caught_up(req, conversation_id, req.query_params['after']) or Response(status_code=204)
 
 async def caught_up(req, conversation_id, after):
     "What is missing on a page whose path ends with the message `after`; all of it if another branch is shown now."
     _, path = await parley(req).store.path(owner(req), conversation_id, last=SHOWN)
     ids = [str(m.id) for m in path]
-    if ids[-1] == after: return Response(status_code=204)
+    if ids[-1] == after: return ()
     if after not in ids: new = Div(*await transcript(req, path), hx_swap_oob='innerHTML:#messages')
     else: new = Div(*[await bubble(req, m) for m in path[ids.index(after) + 1:]], hx_swap_oob='beforeend:#messages')
     return new, *await following(req, path[-1])

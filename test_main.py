@@ -2017,6 +2017,24 @@ def test_a_refusal_says_why(me, upstream):
     assert chat.ended()['note'] == 'Claude declined to go on with this: question and answer are not sent again. Not <b>this</b>.'
     assert '&lt;b&gt;this' in chat.page() and '<b>this' not in chat.page()
 
+def test_a_refusal_that_quotes_the_key_does_not_show_it(new_site, upstream):
+    told = event('message_delta', delta={'stop_reason': 'refusal', 'stop_details': {
+        'type': 'refusal', 'category': 'cyber', 'explanation': 'Not with sk-canary.'}}, usage={'output_tokens': 9})
+    chat = new_site(api_key='sk-canary').person().ask(upstream.plays(
+        raw(START, 'half', event('content_block_stop', index=0), told, event('message_stop'))))
+    assert chat.ended()['note'].endswith('Not with ….') and 'canary' not in chat.page()
+
+def test_a_thought_that_is_cut_off_is_over_on_the_page_too(me, upstream):
+    chat = me.ask(upstream.plays(raw(MESSAGE, event('content_block_start', index=0, content_block={
+        'type': 'thinking', 'thinking': '', 'signature': ''}), event('content_block_delta', index=0, delta={
+        'type': 'thinking_delta', 'thinking': 'so far'}), HANG)))
+    tab = chat.watch().until('so far')
+    def folds(): return str([fold.children for fold in tab.page.root.all(lambda n: n.tag == 'summary')])
+    assert 'Thinking' in folds()
+    chat.stop()
+    tab.ends()
+    assert 'Thinking' not in folds() and 'Thought' in folds()
+
 def test_the_details_of_a_call_that_failed_name_its_request(me, upstream):
     chat = me.ask(upstream.plays(raw(b'{}', status=400, content_type='application/json', request_id='req_failed')))
     assert chat.ended()['status'] == 'failed' and 'req_failed' in chat.page()
