@@ -167,7 +167,7 @@ class Settings:
     max_header_bytes: int = setting(32_768, 'the longest head of a request', low=4_096, high=1_000_000)
     max_frame_chars: int = setting(4_096, 'the longest message a page sends over a socket', low=64, high=1_000_000)
     header_seconds: float = setting(10.0, 'how long the head of a request may take', low=0.1, high=600)
-    body_seconds: float = setting(60.0, 'how long a body may take to come, or a part of an answer to be read', low=0.1,
+    body_seconds: float = setting(60.0, 'how long a body may take to come, and an answer may wait unread', low=0.1,
                                   high=3600)
     messages_per_hour: int = setting(3_600, 'questions and retries of one person', low=1, high=1_000_000)
     conversations_per_hour: int = setting(1_800, 'new conversations of one person', low=1, high=1_000_000)
@@ -6509,7 +6509,12 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self):
         super().pause_writing()
-        self.unread = self.loop.call_later(self.config.app.settings.body_seconds, self.transport.abort)
+        self.await_reader()
+
+    def await_reader(self, waiting=None):
+        "Who reads nothing for so long is gone; who reads slowly is not."
+        if (left := self.transport.get_write_buffer_size()) == waiting: return self.transport.abort()
+        self.unread = self.loop.call_later(self.config.app.settings.body_seconds, self.await_reader, left)
 
     def resume_writing(self):
         super().resume_writing()

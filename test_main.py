@@ -4159,7 +4159,7 @@ def test_a_head_must_end_and_in_time(new_site):
 CHUNKED = 'Transfer-Encoding: chunked'
 
 @pytest.fixture(scope='module')
-def prompt(new_site): return new_site(header_seconds=.3, body_seconds=.5)
+def prompt(new_site): return new_site(header_seconds=1, body_seconds=.5)
 
 def wired(site, *lines, more=b'', **options):
     "A connection that sent one request and has the beginning of its answer, unless it is not to be read."
@@ -4195,6 +4195,15 @@ def test_answers_that_nobody_reads_are_given_up(prompt):
             try: wire.sendall(ask)
             except OSError: return True
         assert eventually(hung_up)
+
+def test_who_reads_slowly_gets_all_of_a_long_answer(new_site):
+    site, heard = new_site(body_seconds=1), 0
+    assert bring(site.person(), with_message(content='words\n\n' * 1_500_000) | {'id': 'long'}).startswith('1 conversation')
+    with wired(site, 'GET /c/long/0.md', 'Connection: close', room=262_144) as wire:
+        while part := wire.recv(40_000):
+            heard += len(part)
+            time.sleep(.01)         # 4 MB a second: longer in all than anything may wait that is not read
+    assert heard > 10_500_000
 
 def test_many_requests_at_once_on_one_connection_are_refused(prompt):
     ask = f'GET /healthz HTTP/1.1\r\nHost: {urlsplit(prompt.url).netloc}\r\n\r\n'.encode()
