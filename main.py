@@ -5194,7 +5194,7 @@ on('htmx:oobAfterSwap', e => {
 
 // The composer: empties only when the server has the message. What is typed is kept there too, soon after each letter.
 const composer = $('#composer'), box = $('#message');
-let sent = null, unsaved = 0, saving = false;
+let sent = null, unsaved = 0, saving = false, refused = false;
 const sized = CSS.supports('field-sizing: content');
 const grow = (area = box) => { if (!sized) area.rows = Math.min(12, area.value.split('\n').length); };
 const write = text => { box.value = text; grow(); };
@@ -5207,12 +5207,13 @@ async function save() {
   saving = false;
   unsaved = 0;
   if (text !== box.value) later();
-  else if (!got?.ok) later(5000);
+  else if (!(got?.status < 500)) later(5000);
+  refused = got?.status >= 400;
   if (got?.status === 401) location.reload(); // with what is typed: it is there again after the login
 }
 function later(wait = 600) { if (!saving) unsaved ||= setTimeout(save, wait); }
 addEventListener('pagehide', () => { // a reload may come back before this has arrived: it finds the text in the tab
-  if (!unsaved) return;
+  if (!unsaved && !refused) return;
   navigator.sendBeacon('/draft', draft()); // what is being sent, too: if it arrives, this is none any more
   if (!sent) sessionStorage.setItem('draft:' + location.pathname, box.value);
 });
@@ -5268,7 +5269,7 @@ on('htmx:beforeSwap', e => { // a change of branch is answered by all that follo
 composer.addEventListener('htmx:afterRequest', e => {
   if (e.detail.xhr.status < 200 || e.detail.xhr.status >= 300) {
     sent = null;
-    unsaved ||= e.detail.xhr.status === 401; // htmx goes to the login
+    refused ||= e.detail.xhr.status === 401; // htmx goes to the login
     return;
   }
   emptied();
@@ -6478,9 +6479,9 @@ class Connection(HttpToolsProtocol):
         self.unread, self.cycles = None, []
         self.await_head()
 
-    def await_head(self):
-        self.unsaid, limit = 0, self.config.app.settings.header_seconds  # bytes since the last that said something
-        self.late = self.loop.call_later(limit, self.transport.close)
+    def await_head(self, limit=None):
+        self.unsaid = 0  # bytes since the last that said something
+        self.late = self.loop.call_later(limit or self.config.app.settings.header_seconds, self.transport.close)
 
     def on_message_begin(self):
         super().on_message_begin()
@@ -6505,7 +6506,8 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self.transport.is_closing() or self.transport.get_protocol() is not self: return
         if self.unsaid > self.config.app.settings.max_header_bytes: self.send_400_response('Too long a head.')
-        elif self.late.cancelled() and (not self.cycle or self.cycle.response_complete): self.await_head()
+        elif self.late.cancelled() and (not self.cycle or self.cycle.response_complete):
+            self.await_head(self.config.app.settings.body_seconds)  # of a body that was refused the rest comes yet
 
     def pause_writing(self):
         super().pause_writing()

@@ -1604,17 +1604,19 @@ def test_a_list_that_is_wanted_while_the_learner_rests_is_asked_for_after_the_re
             super()._run_once()
 
     async def wanted():
-        asked = []
+        asked, swept = [], []
         claude = main.Claude(main.Settings.read({'ANTHROPIC_API_KEY': 'test'}))
         async def listed(): asked.append(asyncio.get_running_loop().time())
         claude.listed = listed
         turns = main.Turns(None, claude, main.Settings())
+        turns.sweep = lambda: swept.append(asyncio.get_running_loop().time())
         learner = asyncio.create_task(turns._learn())
         for at, want in ((30, True), (100, False), (130, True)):
             await asyncio.sleep(at - asyncio.get_running_loop().time())
             if want: turns.stale.set()
         await asyncio.sleep(3600)
         learner.cancel()
+        assert swept == asked, 'the trash is looked at, too'
         return asked
     with asyncio.Runner(loop_factory=Hours) as runner: assert [round(at) for at in runner.run(wanted())] == [0, 60, 130]
 
@@ -4159,7 +4161,7 @@ def test_a_head_must_end_and_in_time(new_site):
 CHUNKED = 'Transfer-Encoding: chunked'
 
 @pytest.fixture(scope='module')
-def prompt(new_site): return new_site(header_seconds=1, body_seconds=.5)
+def prompt(new_site): return new_site(header_seconds=1, body_seconds=1)
 
 def wired(site, *lines, more=b'', **options):
     "A connection that sent one request and has the beginning of its answer, unless it is not to be read."
