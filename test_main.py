@@ -4675,17 +4675,17 @@ def test_the_words_of_what_was_deleted_are_not_shown_in_place_of_others(new_site
     assert 'something else' in other.page()
 
 def test_a_bubble_that_polls_and_an_edit_that_is_cancelled_get_their_own_message(me, upstream):
-    chat = me.ask(upstream.says('first', HANG))
+    chat = me.ask(upstream.says('zebra', HANG))
     poll = Page(chat.page()).root.find('msg-1').attrs['data-poll']
-    chat.watch().until('first')
+    chat.watch().until('zebra')
     back = re.search(r'href="(/c/[^"]+)"[^>]*>Cancel', me.get(f'/c/{chat.id}?edit={id_of(chat, 0)}').text)[1]
     chat.post('/stop')
     chat.tab().ends()
-    me.post(f'/c/{chat.id}/edit?at={id_of(chat, 0)}', message=upstream.says('second'))
+    me.post(f'/c/{chat.id}/edit?at={id_of(chat, 0)}', message=upstream.says('walrus'))
     chat.tab().ends()
     there = {'HX-Request': 'true'}
-    assert 'first' in me.get(poll, **there).text and 'second' not in me.get(poll, **there).text
-    assert 'first' not in me.get(back, **there).text and me.get(back).headers['Location'].endswith('?from=0#msg-0')
+    assert 'zebra' in me.get(poll, **there).text and 'walrus' not in me.get(poll, **there).text
+    assert 'zebra' not in me.get(back, **there).text and me.get(back).headers['Location'].endswith('?from=0#msg-0')
 
 def test_what_is_deleted_while_the_trash_is_looked_at_is_seen_there_at_once(me, upstream):
     chat, there = me.ask('thrown away'), {'HX-Current-URL': f'{me.url}/trash?deleted=1'}
